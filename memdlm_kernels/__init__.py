@@ -1,0 +1,6 @@
+"""Fused ops for training masked diffusion language models with fast weights (MemDLM).
+
+Dimension legend, used as names throughout: B batch, L length, N = B * L rows, M masked rows,
+V vocabulary, D hidden, R rank, S sets of fast weights (1, or one for each sequence),
+P fast-weight tensors, T fast-weight elements in one set.
+"""

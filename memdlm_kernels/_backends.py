@@ -1,0 +1,64 @@
+"""Which implementation of an op runs: the only dispatch code of the package."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_LIBRARY = Path(__file__).with_name("libmemdlm_C.so")
+
+
+def _load_library() -> str | None:
+    """Load the compiled ops (namespace `memdlm_C`); return why they are missing, None if loaded."""
+    if not _LIBRARY.exists():
+        return f"the compiled extension is not built ({_LIBRARY.name} is missing)"
+    torch.ops.load_library(_LIBRARY)
+    return None
+
+
+library_missing: str | None = _load_library()
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an op.
+
+    Attributes:
+        name: what a caller passes as `backend=`.
+        unfit: called with the op's tensors (see each op); returns the reason why this backend cannot
+            run on them, None where it can.
+    """
+
+    name: str
+    unfit: Callable[..., str | None]
+
+
+def choose(op: str, order: Sequence[Backend], requested: str | None, *facts: Any) -> str:
+    """Name of the backend that runs `op` on these inputs.
+
+    Args:
+        op: name of the op, for the error text.
+        order: the op's backends, preferred first.
+        requested: a backend's name, or None for the first in `order` that fits.
+        facts: what each backend's `unfit` looks at; tensors' device, dtype and shape only.
+
+    Returns:
+        The name of the backend.
+
+    Raises:
+        ValueError: `requested` is no backend of this op, or cannot run on these inputs; or none can.
+    """
+    reasons = []
+    for backend in order:
+        if requested is not None and backend.name != requested:
+            continue
+        reason = backend.unfit(*facts)
+        if reason is None:
+            return backend.name
+        reasons.append(f"{backend.name}: {reason}")
+    if requested is not None and not reasons:
+        names = ", ".join(repr(backend.name) for backend in order)
+        raise ValueError(f"{op}: backend must be None or one of {names}, got {requested!r}")
+    raise ValueError(f"{op}: no backend can run on these inputs ({'; '.join(reasons)})")
