@@ -1,0 +1,1 @@
+"""Train masked diffusion language models with a memory of fast weights (MemDLM)."""

@@ -1,0 +1,138 @@
+"""The options of the method. A name means the same here, in a YAML file and on the command line."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+
+def _check_choices(config: Any) -> None:
+    for name, kind in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if get_origin(kind) is Literal and value not in get_args(kind):
+            choices = ", ".join(repr(choice) for choice in get_args(kind))
+            raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+
+
+def _check_number(config: Any, name: str, must: str, ok: bool) -> None:
+    if not ok:
+        raise ValueError(f"{name} must be {must}, got {getattr(config, name)!r}")
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """The noise and the outer loss of masked diffusion (MDLM).
+
+    Attributes:
+        schedule: alpha(t), the share of tokens that stay visible at time t: "linear" is 1 - t,
+            "cosine" is 1 - cos(pi/2 (1 - t)).
+        time_epsilon: the smallest time drawn; t ~ U(time_epsilon, 1).
+        loss_weight: "schedule" weighs a row's tokens by w(t) = -alpha'(t) / (1 - alpha(t) + 1e-6),
+            "uniform" by 1.
+        loss_norm: what the weighted sum is divided by: "token" the maskable tokens of the batch,
+            "sequence" each row's maskable tokens and the number of rows, "batch" the number of rows.
+
+    Raises:
+        ValueError: an option outside its range.
+    """
+
+    schedule: Literal["linear", "cosine"] = "linear"
+    time_epsilon: float = 1e-3
+    loss_weight: Literal["schedule", "uniform"] = "schedule"
+    loss_norm: Literal["token", "sequence", "batch"] = "token"
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        inside = _is_finite(self.time_epsilon) and 0 < self.time_epsilon < 1
+        _check_number(self, "time_epsilon", "a number in (0, 1)", inside)
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """The inner loop: which fast weights there are, and how K steps write them.
+
+    Attributes:
+        inner_steps: K, the number of states that one pass over the trajectory visits, at least 1.
+        inner_epochs: passes over the trajectory, at least 1.
+        strategy: which states: "anchor_consistent" from a noisier state down to the anchor x_t
+            (K = 1 is the anchor alone), "anchor_only" the anchor K times, "pre_anchor_only" the
+            noisier state K times, "progressive" shares 0.8 down to 0.2, whatever the anchor is.
+            The stage ablations of the paper are K = 1 of the middle two.
+        pre_anchor_scale: the noisiest state masks this many times the anchor's tokens, at least 1.
+        inner_targets: "all_masked" tokens of a state, or only those that the next state reveals
+            ("newly_revealed"; a state without a next one: all masked).
+        inner_lr: learning rate of the plain SGD on the fast weights, above 0.
+        inner_max_norm: the gradient norm that clipping keeps, above 0.
+        inner_clip: clip each "tensor" on its own, all of one set together ("global"), or "none".
+        adapter: "lora" adds scale * B A to a linear layer's weight, "full" a whole matrix.
+        rank: R, the LoRA rank, at least 1.
+        lora_alpha: the LoRA scale is lora_alpha / rank; above 0.
+        target: "ffn" adapts the gate, up and down projections, "ffn+attention" also q, k, v and o.
+        layer_fraction: the last share of the layers that is adapted, in (0, 1].
+        scope: "batch" keeps one set of fast weights for a batch, "sample" one for each sequence.
+        state_dtype: "float32" keeps the fast weights in fp32 and casts them for the matmuls,
+            "compute" keeps them in the dtype of the layers.
+        inner_checkpoint: "none" stores the activations of an inner step, "layer" recomputes them
+            layer by layer, "auto" recomputes where they would not fit in the free memory.
+
+    Raises:
+        ValueError: an option outside its range.
+    """
+
+    inner_steps: int = 2
+    inner_epochs: int = 1
+    strategy: Literal["anchor_consistent", "anchor_only", "pre_anchor_only", "progressive"] = (
+        "anchor_consistent"
+    )
+    pre_anchor_scale: float = 1.5
+    inner_targets: Literal["all_masked", "newly_revealed"] = "all_masked"
+    inner_lr: float = 0.1
+    inner_max_norm: float = 1.0
+    inner_clip: Literal["tensor", "global", "none"] = "tensor"
+    adapter: Literal["lora", "full"] = "lora"
+    rank: int = 32
+    lora_alpha: float = 64.0
+    target: Literal["ffn", "ffn+attention"] = "ffn"
+    layer_fraction: float = 0.1
+    scope: Literal["batch", "sample"] = "batch"
+    state_dtype: Literal["float32", "compute"] = "float32"
+    inner_checkpoint: Literal["none", "layer", "auto"] = "auto"
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        for name in ("inner_steps", "inner_epochs", "rank"):
+            value = getattr(self, name)
+            at_least_one = _is_integer(value) and value >= 1
+            _check_number(self, name, "a whole number, at least 1", at_least_one)
+        for name in ("inner_lr", "inner_max_norm", "lora_alpha"):
+            value = getattr(self, name)
+            _check_number(self, name, "a number above 0", _is_finite(value) and value > 0)
+        scale = self.pre_anchor_scale
+        _check_number(self, "pre_anchor_scale", "at least 1", _is_finite(scale) and scale >= 1)
+        share = self.layer_fraction
+        _check_number(self, "layer_fraction", "in (0, 1]", _is_finite(share) and 0 < share <= 1)
+
+
+def from_options(kind: type[Any], options: dict[str, Any]) -> Any:
+    """Build `kind` (a config dataclass) from those of `options` that it has, removing them.
+
+    Args:
+        kind: a dataclass of this module.
+        options: name to value; the names that `kind` has are popped, the others stay.
+
+    Returns:
+        An instance of `kind`.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+    names = [field.name for field in dataclasses.fields(kind)]
+    return kind(**{name: options.pop(name) for name in names if name in options})
