@@ -1,0 +1,22 @@
+// Checks of our own invariants. The Python side has validated every argument that a user can get
+// wrong (with an error that names it), so a failure here is a bug of this package.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+namespace memdlm {
+
+// A contiguous CPU tensor of this dtype and number of elements.
+inline void check_tensor(const torch::stable::Tensor& tensor, const char* name,
+                         torch::headeronly::ScalarType dtype, int64_t numel) {
+  STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU");
+  STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, " must have scalar type ",
+                  static_cast<int>(dtype), ", got ", static_cast<int>(tensor.scalar_type()));
+  STD_TORCH_CHECK(tensor.numel() == numel, name, " must have ", numel, " elements, got ",
+                  tensor.numel());
+}
+
+}  // namespace memdlm
