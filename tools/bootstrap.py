@@ -1,0 +1,177 @@
+"""Make .venv ready: packages, torch, and the C++ ops built and installed in editable mode.
+
+Needs only a Python with its headers and a C++ compiler. A stamp in .venv remembers what was
+installed and built from which sources, so a second run does nothing and an edited C++ file is
+rebuilt without touching the packages.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+if sys.version_info < (3, 11):  # noqa: UP036 - this file is what an older Python meets first
+    sys.exit(
+        "setup: needs Python 3.11 or later, got "
+        + sys.version.split()[0]
+        + "; name another with: make PYTHON=python3.12 setup"
+    )
+
+import tomllib
+
+from find_torch import Torch, find_torch
+
+TORCH_RELEASE = "2.13.0"
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+STAMP = VENV / "memdlm-setup.json"
+CONSTRAINTS = ROOT / "constraints.txt"
+# Where an installed package's folder may lie, as against the standard library and the script's.
+SITE_FOLDERS = ("site-packages", "dist-packages")
+
+
+def say(text: str) -> None:
+    print(f"setup: {text}", flush=True)
+
+
+def check_tools() -> None:
+    problems = []
+    compiler = os.environ.get("CXX", "g++").split()[0]
+    if shutil.which(compiler) is None:
+        problems.append(f"a C++ compiler ({compiler} is not on the path; CXX may name another)")
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        problems.append(f"the headers of {sys.executable} (on Debian: python3-dev)")
+    if not ((VENV / "bin/pip").exists() or _can_make_venv()):
+        problems.append(f"{sys.executable} -m venv with pip (on Debian: python3-venv)")
+    if problems:
+        sys.exit("setup: this machine lacks " + "; and ".join(problems))
+
+
+def _can_make_venv() -> bool:
+    try:
+        import ensurepip  # noqa: F401
+        import venv  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def make_venv() -> None:
+    """Create .venv; where this Python has a fit torch, .venv sees that one."""
+    say(f"creating .venv with Python {sys.version.split()[0]}")
+    subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
+    torch = find_torch()
+    if torch is not None and torch.fits:
+        # Not --system-site-packages: from inside a virtual environment that means the base
+        # Python's packages, not that environment's.
+        folders = [path for path in sys.path if Path(path).name in SITE_FOLDERS]
+        site = sysconfig.get_path("purelib", vars={"base": str(VENV)}, scheme="venv")
+        Path(site, "outer-torch.pth").write_text("\n".join(folders) + "\n", encoding="utf-8")
+
+
+def venv_torch() -> Torch | None:
+    command = [str(VENV / "bin/python"), "-E", "-P", str(ROOT / "tools/find_torch.py")]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    return Torch(Path(lines[0]), lines[1]) if lines else None
+
+
+def has_nvidia_driver() -> bool:
+    smi = shutil.which("nvidia-smi")
+    return smi is not None and subprocess.run([smi, "-L"], capture_output=True).returncode == 0
+
+
+def torch_requirement() -> str:
+    torch = venv_torch()
+    if torch is not None and torch.fits:
+        say(f"using the torch {torch.version} that is there")
+        return f"torch=={torch.version}"
+    if has_nvidia_driver():
+        say(f"NVIDIA driver found: torch {TORCH_RELEASE}, the ordinary build")
+        return f"torch=={TORCH_RELEASE},!={TORCH_RELEASE}+cpu"
+    # pip prefers the local version "+cpu" wherever one of its indexes has it.
+    say(
+        f"no NVIDIA driver: torch {TORCH_RELEASE}, the CPU build if pip is set up with an index "
+        "that has it (PIP_EXTRA_INDEX_URL), else the ordinary one, which is larger"
+    )
+    return f"torch=={TORCH_RELEASE}"
+
+
+def pip(*arguments: str) -> None:
+    command = [str(VENV / "bin/python"), "-m", "pip", "--disable-pip-version-check", *arguments]
+    finished = subprocess.run(command, cwd=ROOT)
+    if finished.returncode != 0:
+        sys.exit("setup: failed: pip " + " ".join(arguments[:1]) + ", see above")
+
+
+def digest(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def read_stamp() -> dict[str, str]:
+    if not STAMP.exists():
+        return {}
+    stamp: dict[str, str] = json.loads(STAMP.read_text(encoding="utf-8"))
+    return stamp
+
+
+def main() -> None:
+    check_tools()
+    start = time.monotonic()
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        pyproject = tomllib.load(file)
+    project = pyproject["project"]
+    extras = project["optional-dependencies"]
+    requirements = sorted(
+        requirement
+        for group in (
+            pyproject["build-system"]["requires"],
+            project["dependencies"],
+            extras["train"],
+            extras["eval"],
+            extras["dev"],
+        )
+        for requirement in group
+        if not requirement.startswith(project["name"])
+    )
+
+    if not (VENV / "bin/pip").exists():
+        make_venv()
+    with open(VENV / "setup.lock", "w") as lock:
+        # Two runs of make at once would install over each other.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        before = read_stamp()
+
+        packages = digest(requirements, CONSTRAINTS.read_text(encoding="utf-8"))
+        if before.get("packages") != packages:
+            torch = torch_requirement()
+            say("installing the packages (a minute or two the first time)")
+            pip("install", "-q", "-c", str(CONSTRAINTS), torch, *requirements)
+
+        native = sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
+        native += [ROOT / "CMakeLists.txt", *sorted((ROOT / "tools").glob("*.py"))]
+        build = digest(
+            [(str(path.relative_to(ROOT)), path.read_bytes().hex()) for path in native],
+            [pyproject["build-system"], project, pyproject["tool"]["scikit-build"]],
+            [str(venv_torch()), sys.version, str(ROOT)],
+        )
+        if before.get("build") != build:
+            say("building the C++ ops")
+            pip(
+                *("install", "-q", "--no-build-isolation", "--no-deps", "--editable", "."),
+                *("-C", "build-dir=build/editable"),
+            )
+
+        if before != {"packages": packages, "build": build}:
+            STAMP.write_text(json.dumps({"packages": packages, "build": build}), encoding="utf-8")
+            say(f"ready in {time.monotonic() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
