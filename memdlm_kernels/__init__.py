@@ -4,3 +4,9 @@ Dimension legend, used as names throughout: B batch, L length, N = B * L rows, M
 V vocabulary, D hidden, R rank, S sets of fast weights (1, or one for each sequence),
 P fast-weight tensors, T fast-weight elements in one set.
 """
+
+from memdlm_kernels.fast_weight_reset import fast_weight_reset_
+from memdlm_kernels.fast_weight_sgd import fast_weight_sgd_
+from memdlm_kernels.lora_linear import lora_linear
+
+__all__ = ["fast_weight_reset_", "fast_weight_sgd_", "lora_linear"]

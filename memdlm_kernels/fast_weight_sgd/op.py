@@ -1,0 +1,145 @@
+"""fast_weight_sgd_: public function, checks, registration, backend order. It has no autograd."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from memdlm_kernels import _backends
+from memdlm_kernels._backends import Backend, choose
+from memdlm_kernels._segments import check_flat, check_segments
+from memdlm_kernels.fast_weight_sgd import cpu, reference
+
+
+def fast_weight_sgd_(
+    param: Tensor,
+    grad: Tensor,
+    segments: Tensor,
+    lr: float,
+    max_norm: float,
+    clip: str = "tensor",
+    loss: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Clip the gradient of every fast weight and take one SGD step, in place.
+
+    Replaces, for each segment p of each row, `g = grad[s, p]`, `param[s, p] -= lr * g * min(1,
+    max_norm / g.norm())` and the check that everything is finite: no loop over tensors, no wait for
+    the device. A row whose loss, or any of whose gradient norms, is not finite is left untouched
+    bit for bit; the other rows go on. No clipped copy of the gradient is allocated.
+
+    Args:
+        param: [S, T], floating-point; row s is one set of fast weights. Written in place, outside
+            autograd, also where it requires gradients.
+        grad: [S, T], floating-point, not necessarily param's dtype. Not modified.
+        segments: [P + 1] int64, ascending from 0 to T: fast weight p is columns
+            segments[p]:segments[p + 1], and may be empty. Values are checked on the CPU only.
+        lr: learning rate, finite.
+        max_norm: largest gradient norm, above 0 (inf is allowed). Not read if clip is "none".
+        clip: "tensor", each segment by its own norm; "global", each row by its whole norm; "none".
+        loss: [S] floating-point or None; the loss that each row's gradient comes from.
+        backend: "cpu" or "reference"; None takes the first that fits.
+
+    Returns:
+        norm: [S, P] float32 (float64 if grad is), each segment's gradient norm before clipping,
+            skipped rows' too. Squares are summed in float64, so none overflows or underflows.
+        skipped: [S] bool, True where the row was left alone.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, device or value, or the backend cannot
+            run.
+
+    Source: the inner step of MemDLM, arXiv 2603.22241v2.
+    """
+    _check(param, grad, segments, lr, max_norm, clip, loss)
+    backend = choose("fast_weight_sgd_", _ORDER, backend, param.device)
+    with torch.no_grad():
+        if backend == "reference":
+            updated, norm, skipped = reference.fast_weight_sgd(
+                param, grad, segments, lr, max_norm, clip, loss
+            )
+            param.copy_(updated)
+            return norm, skipped
+        return torch.ops.memdlm.fast_weight_sgd_(
+            param, grad, segments, lr, max_norm, clip, loss, backend
+        )
+
+
+def _check(
+    param: Tensor,
+    grad: Tensor,
+    segments: Tensor,
+    lr: float,
+    max_norm: float,
+    clip: str,
+    loss: Tensor | None,
+) -> None:
+    check_flat("param", param)
+    if grad.shape != param.shape or not grad.is_floating_point():
+        raise ValueError(
+            f"grad must be floating-point of param's shape {list(param.shape)}, "
+            f"got {grad.dtype} {list(grad.shape)}"
+        )
+    if grad.device != param.device:
+        raise ValueError(f"grad must be on param's device {param.device}, got {grad.device}")
+    check_segments(segments, param)
+    if not math.isfinite(lr):
+        raise ValueError(f"lr must be finite, got {lr}")
+    if clip not in ("tensor", "global", "none"):
+        raise ValueError(f"clip must be 'tensor', 'global' or 'none', got {clip!r}")
+    if clip != "none" and not max_norm > 0:
+        raise ValueError(f"max_norm must be above 0, got {max_norm}")
+    if loss is None:
+        return
+    if loss.shape != param.shape[:1] or not loss.is_floating_point():
+        raise ValueError(
+            f"loss must be floating-point [S] = [{param.shape[0]}], "
+            f"got {loss.dtype} {list(loss.shape)}"
+        )
+    if loss.device != param.device:
+        raise ValueError(f"loss must be on param's device {param.device}, got {loss.device}")
+
+
+def _cpu_unfit(device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return f"the tensors are on {device.type}"
+    return _backends.library_missing
+
+
+_ORDER = (Backend("reference", lambda device: None),)
+_IMPLEMENTATION = {"cpu": cpu.fast_weight_sgd_}
+
+
+@torch.library.custom_op("memdlm::fast_weight_sgd_", mutates_args=("param",))
+def _step(
+    param: Tensor,
+    grad: Tensor,
+    segments: Tensor,
+    lr: float,
+    max_norm: float,
+    clip: str,
+    loss: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return _IMPLEMENTATION[backend](param, grad, segments, lr, max_norm, clip, loss)
+
+
+@_step.register_fake
+def _(
+    param: Tensor,
+    grad: Tensor,
+    segments: Tensor,
+    lr: float,
+    max_norm: float,
+    clip: str,
+    loss: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    rows, norm_dtype = param.shape[0], torch.float32
+    if grad.dtype == torch.float64:
+        norm_dtype = torch.float64
+    return (
+        param.new_empty(rows, segments.shape[0] - 1, dtype=norm_dtype),
+        param.new_empty(rows, dtype=torch.bool),
+    )
