@@ -38,7 +38,7 @@ class DiffusionConfig:
         loss_weight: "schedule" weighs a row's tokens by w(t) = -alpha'(t) / (1 - alpha(t) + 1e-6),
             "uniform" by 1.
         loss_norm: what the weighted sum is divided by: "token" the maskable tokens of the batch,
-            "sequence" each row's maskable tokens and the number of rows, "batch" the number of rows.
+            "sequence" each row's maskable tokens and the number of rows, "batch" that number alone.
 
     Raises:
         ValueError: an option outside its range.

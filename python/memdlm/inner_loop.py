@@ -1,0 +1,156 @@
+"""The inner loop: K steps of SGD that write the fast weights along a trajectory of noisy states."""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from memdlm.backbone import Backbone, Context
+from memdlm.config import MemoryConfig
+from memdlm.data.collator import State
+from memdlm.fast_weights import FastWeights
+from memdlm_kernels import masked_linear_cross_entropy
+
+# "auto" stores a step's activations as long as they fill at most this share of the free memory.
+_STORED_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class InnerTrace:
+    """What the inner steps saw, on the device; nothing here waits for it.
+
+    Attributes:
+        loss: [steps, S] float32 (float64 for a float64 model), each step's loss before its update.
+        norm: [steps, S, P], gradient norms before clipping.
+        skipped: [steps, S] bool, updates left out because a loss or gradient was not finite.
+    """
+
+    loss: Tensor
+    norm: Tensor
+    skipped: Tensor
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """Where an inner step starts: the hidden state that `Backbone.prefix` made of its tokens.
+
+    Attributes:
+        hidden: [B, L, D] or [B, W, D], without a graph.
+        context: the `Context` it was made with.
+    """
+
+    hidden: Tensor
+    context: Context
+
+
+def pre_anchor_boundaries(
+    backbone: Backbone, states: list[State], attention_mask: Tensor | None
+) -> list[Boundary]:
+    """Run the prefix of several states as one batch, without a graph.
+
+    Args:
+        backbone: the split model.
+        states: states of equal shape [B, L] and width W; may be empty.
+        attention_mask: [B, L] bool or None.
+
+    Returns:
+        One boundary per state.
+    """
+    if not states:
+        return []
+    ids = torch.cat([state["input_ids"] for state in states])
+    rows = torch.cat([state["rows"] for state in states])
+    mask = None if attention_mask is None else attention_mask.repeat(len(states), 1)
+    with torch.no_grad():
+        hidden = backbone.prefix(ids, backbone.context(ids, mask, rows))
+    first = states[0]
+    context = backbone.context(first["input_ids"], attention_mask, first["rows"])
+    return [
+        Boundary(own, dataclasses.replace(context, rows=state["rows"]))
+        for own, state in zip(hidden.chunk(len(states)), states, strict=True)
+    ]
+
+
+def adapt(
+    backbone: Backbone,
+    fast_weights: FastWeights,
+    states: list[State],
+    boundaries: list[Boundary],
+    config: MemoryConfig,
+) -> InnerTrace:
+    """Write the fast weights: `inner_epochs` passes of K SGD steps, first order.
+
+    Each step runs the suffix on one state's boundary, takes the loss of its masked rows and updates
+    the fast weights in place; no graph outlives its step. Call `fast_weights.reset` before.
+
+    Args:
+        backbone: the split model; its suffix reads the fast weights.
+        fast_weights: the store that is written.
+        states: K states, in the order they are visited.
+        boundaries: K boundaries, one for each state.
+        config: the inner loop's options.
+
+    Returns:
+        The trace of inner_epochs * K steps.
+    """
+    weight, bias = (None if t is None else t.detach() for t in backbone.head())
+    recompute = _recompute(config.inner_checkpoint, backbone, boundaries)
+    memory = fast_weights.reading(trainable=True)
+    losses, norms, skips = [], [], []
+    for _ in range(config.inner_epochs):
+        for state, boundary in zip(states, boundaries, strict=True):
+            with torch.enable_grad():
+                rows = backbone.suffix(
+                    boundary.hidden, state["valid"], boundary.context, memory, recompute=recompute
+                )  # [M, D]
+                nll = masked_linear_cross_entropy(rows, weight, state["target"], bias=bias)
+                weighted = nll * state["weight"].to(nll.dtype)  # [M]
+                per_set = _sum_per_set(weighted, state["sample"], len(fast_weights.param))  # [S]
+                # The sets do not touch each other, so one backward of the sum serves them all.
+                gradients = torch.autograd.grad(per_set.sum(), fast_weights.leaves)
+            loss = per_set.detach()
+            norm, skipped = fast_weights.step(gradients, loss)
+            losses.append(loss)
+            norms.append(norm)
+            skips.append(skipped)
+    return InnerTrace(torch.stack(losses), torch.stack(norms), torch.stack(skips))
+
+
+def _sum_per_set(values: Tensor, sample: Tensor, sets: int) -> Tensor:
+    """Sum [M] into [S]: everything where S is 1, else by sequence."""
+    if sets == 1:
+        return values.sum()[None]
+    return values.new_zeros(sets).index_add(0, sample, values)
+
+
+def _recompute(choice: str, backbone: Backbone, boundaries: list[Boundary]) -> bool:
+    """Whether the inner steps recompute their layers instead of storing the activations."""
+    if choice != "auto":
+        return choice == "layer"
+    config = backbone.config
+    largest = max(boundary.hidden.shape[:2].numel() for boundary in boundaries)
+    layers = (backbone.half_count - backbone.boundary + 1) // 2
+    # Per row and layer: about 8 vectors of the hidden size around the norms and the attention, and
+    # 4 of the FFN size around SwiGLU.
+    values = largest * layers * (8 * config.hidden_size + 4 * config.intermediate_size)
+    hidden = boundaries[0].hidden
+    return values * hidden.element_size() > _STORED_SHARE * _free_bytes(hidden.device)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reserved
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@contextlib.contextmanager
+def untouched_generators(device: torch.device) -> Iterator[None]:
+    """Restore the default generators afterwards, so that dropout in here shifts no draw outside."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        yield

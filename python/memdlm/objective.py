@@ -1,0 +1,215 @@
+"""The outer step: from a batch to a loss, for plain MDLM and for MemDLM.
+
+Both are modules whose `forward` is the single call that a training loop, DDP or a compiler sees.
+"""
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memdlm.backbone import Backbone, find_targets
+from memdlm.config import DiffusionConfig, MemoryConfig
+from memdlm.data.collator import State
+from memdlm.fast_weights import FastWeights
+from memdlm.inner_loop import (
+    Boundary,
+    InnerTrace,
+    adapt,
+    pre_anchor_boundaries,
+    untouched_generators,
+)
+from memdlm.loss import outer_normalizer
+from memdlm_kernels import masked_linear_cross_entropy
+
+
+@dataclass
+class ObjectiveOutput:
+    """What one batch gives.
+
+    Attributes:
+        loss: [] float32 (float64 for a float64 model), connected to the model's parameters.
+        inner: what the inner steps saw, None for plain MDLM or with memory off.
+    """
+
+    loss: Tensor
+    inner: InnerTrace | None = None
+
+
+class MDLMObjective(nn.Module):
+    """The loss of masked diffusion: sum_b w(t_b) sum_{masked i} -log p(x0_i | x_t) / normaliser.
+
+    Replaces `F.cross_entropy(model(x_t).logits, ...)` over all positions. Logits are never
+    allocated, and the last layer runs on masked rows only.
+
+    Args:
+        model: a Hugging Face causal LM (see `Backbone`), made bidirectional.
+        diffusion: noise and loss; the collator must have the same.
+
+    Raises:
+        ValueError: a model that cannot be split.
+    """
+
+    def __init__(self, model: nn.Module, diffusion: DiffusionConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.diffusion = diffusion
+        self.backbone = Backbone(model)
+
+    def forward(self, batch: dict[str, Any], normalizer: float | None = None) -> ObjectiveOutput:
+        """Loss of a batch.
+
+        Args:
+            batch: from `MaskCollator`, on the model's device.
+            normalizer: what the weighted sum is divided by; None for this batch's own
+                `outer_normalizer`. Under gradient accumulation, the whole accumulated batch's.
+
+        Returns:
+            The loss, connected to the model's parameters also where no token is masked.
+        """
+        anchor = batch["anchor"]
+        boundary = anchor_boundary(self.backbone, batch)
+        loss = outer_loss(
+            self.backbone,
+            boundary,
+            anchor,
+            contextlib.nullcontext(),
+            self._divisor(batch, normalizer),
+        )
+        return ObjectiveOutput(loss)
+
+    def _divisor(self, batch: dict[str, Any], normalizer: float | None) -> float:
+        if normalizer is not None:
+            return normalizer
+        return outer_normalizer(self.diffusion.loss_norm, batch["maskable_count"])
+
+
+class MemDLMObjective(MDLMObjective):
+    """The same loss, conditioned on fast weights that an inner loop writes for every batch.
+
+    The anchor's prefix runs once and serves the last inner step and the outer pass; the other
+    states' prefixes run together, without a graph. First order: the fast weights are constants of
+    the outer loss.
+
+    With dropout in the prefix, the last inner step and the outer pass see one draw of it. Inner
+    steps leave the default random generators as they found them, so that the outer pass draws what
+    plain MDLM would.
+
+    Args:
+        model: as for `MDLMObjective`.
+        diffusion: noise and loss; the collator must have the same.
+        memory: the inner loop; the collator must have the same.
+
+    Raises:
+        ValueError: a model that cannot be split, or without a layer that the targets match.
+    """
+
+    def __init__(self, model: nn.Module, diffusion: DiffusionConfig, memory: MemoryConfig) -> None:
+        super().__init__(model, diffusion)
+        self.memory = memory
+        targets, boundary = find_targets(model, memory.target, memory.layer_fraction)
+        self.backbone = Backbone(model, boundary)
+        self.fast_weights = FastWeights(targets, memory)
+
+    def forward(
+        self,
+        batch: dict[str, Any],
+        normalizer: float | None = None,
+        *,
+        memory_enabled: bool = True,
+    ) -> ObjectiveOutput:
+        """Write the memory from the batch, then take the outer loss with it.
+
+        Args:
+            batch: from a `MaskCollator` with a memory config, on the model's device.
+            normalizer: as for `MDLMObjective`.
+            memory_enabled: False computes plain MDLM, bit for bit.
+
+        Returns:
+            The loss and the trace of the inner steps.
+        """
+        if not memory_enabled:
+            return super().forward(batch, normalizer)
+        anchor = anchor_boundary(self.backbone, batch)
+        trace = self.write_memory(batch, anchor)
+        loss = outer_loss(
+            self.backbone,
+            anchor,
+            batch["anchor"],
+            self.fast_weights.reading(),
+            self._divisor(batch, normalizer),
+        )
+        return ObjectiveOutput(loss, trace)
+
+    def write_memory(self, batch: dict[str, Any], anchor: Boundary | None = None) -> InnerTrace:
+        """Reset the fast weights and run the inner loop on a batch's trajectory.
+
+        Args:
+            batch: `trajectory`, `memory_seed`, and `attention_mask` where something is padded.
+            anchor: the anchor's boundary, read without its graph; made here if it is None.
+
+        Returns:
+            The trace of the inner steps. The fast weights stay until the next reset.
+        """
+        states: list[State] = batch["trajectory"]
+        mask = batch.get("attention_mask")
+        with untouched_generators(batch["memory_seed"].device):
+            self.fast_weights.reset(batch["memory_seed"])
+            if anchor is None:
+                with torch.no_grad():
+                    anchor = anchor_boundary(self.backbone, batch)
+            shared = Boundary(anchor.hidden.detach(), anchor.context)
+            others = [state for state in states if not state["is_anchor"]]
+            made = iter(pre_anchor_boundaries(self.backbone, others, mask))
+            boundaries = [shared if state["is_anchor"] else next(made) for state in states]
+            return adapt(self.backbone, self.fast_weights, states, boundaries, self.memory)
+
+
+def anchor_boundary(backbone: Backbone, batch: dict[str, Any]) -> Boundary:
+    """Run the prefix of a batch's anchor state, with its graph.
+
+    Args:
+        backbone: the split model.
+        batch: from `MaskCollator`.
+
+    Returns:
+        The boundary.
+    """
+    anchor: State = batch["anchor"]
+    ids = anchor["input_ids"]
+    context = backbone.context(ids, batch.get("attention_mask"), anchor["rows"])
+    return Boundary(backbone.prefix(ids, context), context)
+
+
+def outer_loss(
+    backbone: Backbone,
+    boundary: Boundary,
+    anchor: State,
+    memory: contextlib.AbstractContextManager[Any],
+    normalizer: float,
+) -> Tensor:
+    """Weighted NLL of the anchor's masked rows, divided by the normaliser.
+
+    Args:
+        backbone: the split model.
+        boundary: the anchor's, with its graph.
+        anchor: targets and weights.
+        memory: the context under which the suffix reads its fast weights.
+        normalizer: above 0.
+
+    Returns:
+        [] loss.
+    """
+    weight, bias = backbone.head()
+    rows = backbone.suffix(boundary.hidden, anchor["valid"], boundary.context, memory)  # [M, D]
+    return masked_linear_cross_entropy(
+        rows,
+        weight,
+        anchor["target"],
+        bias=bias,
+        token_weight=anchor["weight"].to(torch.promote_types(rows.dtype, torch.float32)),
+        reduction="mean",
+        normalizer=normalizer,
+    )
