@@ -8,5 +8,13 @@ P fast-weight tensors, T fast-weight elements in one set.
 from memdlm_kernels.fast_weight_reset import fast_weight_reset_
 from memdlm_kernels.fast_weight_sgd import fast_weight_sgd_
 from memdlm_kernels.lora_linear import lora_linear
+from memdlm_kernels.masked_cross_entropy import masked_cross_entropy
+from memdlm_kernels.masked_linear_cross_entropy import masked_linear_cross_entropy
 
-__all__ = ["fast_weight_reset_", "fast_weight_sgd_", "lora_linear"]
+__all__ = [
+    "fast_weight_reset_",
+    "fast_weight_sgd_",
+    "lora_linear",
+    "masked_cross_entropy",
+    "masked_linear_cross_entropy",
+]

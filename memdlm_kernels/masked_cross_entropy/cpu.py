@@ -1,0 +1,43 @@
+"""masked_cross_entropy on the CPU: the rows that are not ignored, two passes each (csrc/cpu)."""
+
+import torch
+from torch import Tensor
+
+from memdlm_kernels._reduction import check_targets
+
+
+def masked_cross_entropy(
+    logits: Tensor, target: Tensor, ignore_index: int, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    # A compiled graph calls the op without the public function's checks.
+    check_targets(target, ignore_index, logits.shape[-1])
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    nll = logits.new_empty(target.shape, dtype=dtype)
+    lse = torch.empty_like(nll)
+    torch.ops.memdlm_C.masked_cross_entropy(
+        logits.contiguous(), target.contiguous(), ignore_index, softcap, nll, lse
+    )
+    return nll, lse
+
+
+def masked_cross_entropy_backward(
+    grad_nll: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    nll: Tensor,
+    lse: Tensor,
+    ignore_index: int,
+    softcap: float | None,
+) -> Tensor:
+    grad_logits = logits.new_empty(logits.shape)
+    torch.ops.memdlm_C.masked_cross_entropy_backward(
+        grad_nll.contiguous(),
+        logits.contiguous(),
+        target.contiguous(),
+        nll,
+        lse,
+        ignore_index,
+        softcap,
+        grad_logits,
+    )
+    return grad_logits

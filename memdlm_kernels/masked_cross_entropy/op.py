@@ -1,0 +1,177 @@
+"""masked_cross_entropy: public function, checks, registration, autograd, backend order."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from memdlm_kernels import _backends
+from memdlm_kernels._backends import Backend, choose
+from memdlm_kernels._reduction import check_reduction, check_targets, is_eager_cpu, reduce_nll
+from memdlm_kernels.masked_cross_entropy import cpu, reference
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def masked_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    token_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    reduction: str = "none",
+    normalizer: float | Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Cross-entropy of logits at the masked rows; the other rows are not read.
+
+    Replaces `F.cross_entropy(logits.float().flatten(0, -2), target.flatten(), reduction="none")`.
+    Neither a float32 copy of the logits nor their log-softmax is allocated: the backward pass makes
+    the gradient from the logits themselves, which must not be changed before it.
+
+    Args:
+        logits: [..., V]; float32, bfloat16, float16 or float64.
+        target: [...] int64, in [0, V) or `ignore_index`. Loss and gradient of ignored rows are 0.
+        token_weight: [...], any floating-point dtype; multiplies the row's loss.
+        ignore_index: the target of rows to leave out.
+        softcap: positive; logits become `softcap * tanh(logits / softcap)`.
+        reduction: "none", "sum" or "mean".
+        normalizer: positive; what "mean" divides by, in place of the number of rows that are not
+            ignored (at least 1).
+        return_lse: also return the rows' log-sum-exp.
+        backend: "cpu" or "reference"; None takes the first that fits.
+
+    Returns:
+        The loss: [...], or a scalar where it is reduced; float64 for float64 logits, else float32;
+        never negative before `token_weight`. Differentiable in logits and token_weight; twice with
+        backend="reference" only. With `return_lse` also lse [...], detached, 0 where ignored.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, device or value, or the backend cannot
+            run. A target out of range is found on the CPU only.
+
+    Source: P.-L. Hsu et al., "Liger Kernel", arXiv 2410.10989.
+    """
+    _check(logits, target, softcap)
+    check_reduction(target, token_weight, reduction, normalizer)
+    if is_eager_cpu(target):
+        check_targets(target, ignore_index, logits.shape[-1])
+    backend = choose("masked_cross_entropy", _ORDER, backend, logits.device)
+    with torch.autocast(logits.device.type, enabled=False):
+        if backend == "reference":
+            nll, lse = reference.masked_cross_entropy(logits, target, ignore_index, softcap)
+        else:
+            nll, lse = torch.ops.memdlm.masked_cross_entropy(
+                logits, target, ignore_index, softcap, backend
+            )
+        loss = reduce_nll(nll, target, token_weight, ignore_index, reduction, normalizer)
+    return (loss, lse) if return_lse else loss
+
+
+def _check(logits: Tensor, target: Tensor, softcap: float | None) -> None:
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits must be [..., V], with V at least 1, got {list(logits.shape)}")
+    if logits.dtype not in _DTYPES:
+        names = ", ".join(str(dtype) for dtype in _DTYPES)
+        raise ValueError(f"logits must be one of {names}, got {logits.dtype}")
+    if target.dtype != torch.int64:
+        raise ValueError(f"target must be torch.int64, got {target.dtype}")
+    if target.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"target must be {list(logits.shape[:-1])} for logits {list(logits.shape)}, "
+            f"got {list(target.shape)}"
+        )
+    if target.device != logits.device:
+        raise ValueError(f"target must be on logits' device {logits.device}, got {target.device}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be None or positive and finite, got {softcap}")
+
+
+def _cpu_unfit(device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return f"the tensors are on {device.type}"
+    return _backends.library_missing
+
+
+_ORDER = Backend("reference", lambda device: None)
+_FORWARD = {"cpu": cpu.masked_cross_entropy}
+_BACKWARD = {"cpu": cpu.masked_cross_entropy_backward}
+
+
+@torch.library.custom_op("memdlm::masked_cross_entropy", mutates_args=())
+def _forward(
+    logits: Tensor, target: Tensor, ignore_index: int, softcap: float | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    """(nll [...], lse [...])."""
+    return _FORWARD[backend](logits, target, ignore_index, softcap)
+
+
+@_forward.register_fake
+def _(
+    logits: Tensor, target: Tensor, ignore_index: int, softcap: float | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return (
+        logits.new_empty(target.shape, dtype=dtype),
+        logits.new_empty(target.shape, dtype=dtype),
+    )
+
+
+@torch.library.custom_op("memdlm::masked_cross_entropy_backward", mutates_args=())
+def _backward(
+    grad_nll: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    nll: Tensor,
+    lse: Tensor,
+    ignore_index: int,
+    softcap: float | None,
+    backend: str,
+) -> Tensor:
+    """grad_logits [..., V]."""
+    return _BACKWARD[backend](grad_nll, logits, target, nll, lse, ignore_index, softcap)
+
+
+@_backward.register_fake
+def _(
+    grad_nll: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    nll: Tensor,
+    lse: Tensor,
+    ignore_index: int,
+    softcap: float | None,
+    backend: str,
+) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    logits, target, ctx.ignore_index, ctx.softcap, ctx.backend = inputs
+    nll, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, target, nll, lse)
+
+
+def _autograd(ctx: Any, grad_nll: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    grad_logits = None
+    if grad_nll is not None:
+        grad_logits = torch.ops.memdlm.masked_cross_entropy_backward(
+            grad_nll, *ctx.saved_tensors, ctx.ignore_index, ctx.softcap, ctx.backend
+        )
+    return grad_logits, *(None,) * 4
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+@register_flop_formula(
+    [torch.ops.memdlm.masked_cross_entropy, torch.ops.memdlm.masked_cross_entropy_backward]
+)
+def _flops(*_: Any, **__: Any) -> int:
+    return 0  # no matrix product

@@ -1,0 +1,124 @@
+"""masked_linear_cross_entropy on the CPU: one pass over vocabulary chunks (csrc/cpu)."""
+
+import torch
+from torch import Tensor
+
+from memdlm_kernels._reduction import check_targets
+
+
+def _with_contiguous_rows(matrix: Tensor) -> Tensor:
+    return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
+
+
+def _prepare(
+    hidden: Tensor, weight: Tensor, target: Tensor, index: Tensor | None, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    # A compiled graph calls the op without the public function's checks.
+    check_targets(target, ignore_index, weight.shape[0])
+    if index is not None:
+        check_index(index, hidden.shape[0])
+        index = index.contiguous()
+    return (
+        _with_contiguous_rows(hidden),
+        _with_contiguous_rows(weight),
+        target.contiguous(),
+        index,
+    )
+
+
+def check_index(index: Tensor, rows: int) -> None:
+    bad = (index < 0) | (index >= rows)
+    if bad.any():
+        raise ValueError(f"index must be in [0, {rows}), got {index[bad][0].item()}")
+
+
+def masked_linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    index: Tensor | None,
+    ignore_index: int,
+    softcap: float | None,
+    chunk_bytes: int | None,
+    need_stash: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight, target, index = _prepare(hidden, weight, target, index, ignore_index)
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    nll = hidden.new_empty(target.shape, dtype=dtype)
+    lse = torch.empty_like(nll)
+    stash = nll.new_empty((target.shape[0], hidden.shape[1]) if need_stash else (0,))
+    torch.ops.memdlm_C.masked_linear_cross_entropy(
+        hidden,
+        weight,
+        target,
+        None if bias is None else bias.to(dtype).contiguous(),
+        index,
+        ignore_index,
+        softcap,
+        chunk_bytes,
+        nll,
+        lse,
+        stash,
+    )
+    return nll, lse, stash
+
+
+def masked_linear_cross_entropy_backward(
+    grad_nll: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    index: Tensor | None,
+    nll: Tensor,
+    lse: Tensor,
+    ignore_index: int,
+    softcap: float | None,
+    chunk_bytes: int | None,
+    need_grad_hidden: bool,
+    need_grad_weight: bool,
+    need_grad_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = hidden.shape[0]
+    dtype = hidden.dtype
+    hidden, weight, target, index = _prepare(hidden, weight, target, index, ignore_index)
+    # Of the rows read: several may read the same row of hidden.
+    grad_rows = nll.new_empty((target.shape[0], hidden.shape[1]) if need_grad_hidden else (0,))
+    grad_weight = weight.new_empty(weight.shape if need_grad_weight else (0,))
+    grad_bias = nll.new_empty(weight.shape[:1] if need_grad_bias else (0,))
+    torch.ops.memdlm_C.masked_linear_cross_entropy_backward(
+        grad_nll.contiguous(),
+        hidden,
+        weight,
+        target,
+        None if bias is None else bias.to(nll.dtype).contiguous(),
+        index,
+        nll,
+        lse,
+        ignore_index,
+        softcap,
+        chunk_bytes,
+        grad_rows,
+        grad_weight,
+        grad_bias,
+    )
+    return (
+        _scatter_rows(grad_rows, index, rows, dtype) if need_grad_hidden else grad_rows.to(dtype),
+        grad_weight,
+        grad_bias if bias is None else grad_bias.to(bias.dtype),
+    )
+
+
+def masked_linear_cross_entropy_stash_backward(
+    grad_nll: Tensor, stash: Tensor, index: Tensor | None, rows: int, dtype: torch.dtype
+) -> Tensor:
+    return _scatter_rows(grad_nll[:, None] * stash, index, rows, dtype)
+
+
+def _scatter_rows(grad_rows: Tensor, index: Tensor | None, rows: int, dtype: torch.dtype) -> Tensor:
+    """[M, D] to [rows, D] at `index`, rounded to `dtype` once, after duplicates are added up."""
+    if index is not None:
+        zeros = grad_rows.new_zeros(rows, grad_rows.shape[1])
+        grad_rows = zeros.index_add_(0, index, grad_rows)
+    return grad_rows.to(dtype)
