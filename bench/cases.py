@@ -1,0 +1,47 @@
+"""Named shapes that the benchmarks run on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoConfig, LlamaConfig, PretrainedConfig
+
+import memdlm.data
+
+_DEMO_BASE = Path(memdlm.data.__file__).parent / "demo_base"
+
+
+@dataclass(frozen=True)
+class StepCase:
+    """A model's shape and a batch's.
+
+    Attributes:
+        config: the model's Hugging Face config; weights are random.
+        batch_size: B.
+        length: L.
+        prompt_share: share of each sequence that is prompt, never masked.
+        outer_lora_rank: rank of the outer LoRA on attention and FFN; None for full fine-tuning.
+    """
+
+    config: PretrainedConfig
+    batch_size: int
+    length: int
+    prompt_share: float
+    outer_lora_rank: int | None
+
+
+def step_case(name: str) -> StepCase:
+    """The case of a preset: "tiny" is the demo's model and batch, "dense_small" a 60 M model."""
+    if name == "tiny":
+        return StepCase(AutoConfig.from_pretrained(_DEMO_BASE), 8, 256, 0.8, None)
+    if name == "dense_small":
+        config = LlamaConfig(
+            vocab_size=32_000,
+            hidden_size=384,
+            intermediate_size=1_024,
+            num_hidden_layers=16,
+            num_attention_heads=6,
+            num_key_value_heads=6,
+            max_position_embeddings=512,
+        )
+        return StepCase(config, 2, 512, 0.8, 32)
+    raise ValueError(f"preset must be 'tiny' or 'dense_small', got {name!r}")

@@ -1,0 +1,138 @@
+"""Time variants in alternation, measure their peak memory, and say on what machine."""
+
+import ctypes
+import gc
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+_ROOT = Path(__file__).parent.parent
+
+
+def interleaved_ms(
+    variants: dict[str, Callable[[], object]], repeats: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Run every variant once per round, so that a slow spell of the machine meets all of them.
+
+    Args:
+        variants: name to what is timed; each runs once untimed before.
+        repeats: rounds, at least 1.
+        device: waited for around each run.
+
+    Returns:
+        Name to `repeats` times in milliseconds.
+    """
+    for run in tqdm(variants.values(), desc="warm-up", leave=False):
+        run()
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in tqdm(range(repeats), desc="rounds", leave=False):
+        for name, run in variants.items():
+            _wait(device)
+            start = time.perf_counter()
+            run()
+            _wait(device)
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+def percentiles(times_ms: list[float]) -> dict[str, float]:
+    """p20, p50 and p80 of a list of times, as JSON fields."""
+    quantiles = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    values = torch.tensor(times_ms, dtype=torch.float64).quantile(quantiles)
+    names = ("p20_ms", "p50_ms", "p80_ms")
+    return {name: round(value, 4) for name, value in zip(names, values.tolist(), strict=True)}
+
+
+def peak_mib(run: Callable[[], object], device: torch.device) -> float:
+    """Memory that `run` needs at its peak beyond what is held before it, in MiB.
+
+    On a GPU the allocator's peak. On a CPU the process's peak resident size (Linux), after the
+    C library has given back what earlier runs freed.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        _wait(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        _wait(device)
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from the present size
+    before_kib = _status_kib("VmRSS")
+    run()
+    return (_status_kib("VmHWM") - before_kib) / 1024
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Where and with what this runs: JSON fields that every measurement carries."""
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = None
+    facts: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "python": platform.python_version(),
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain")),
+    }
+    if device.type == "cuda":
+        facts["cuda"] = torch.version.cuda
+        facts["driver"] = _driver()
+    return facts
+
+
+def write_rows(path: str | Path | None, rows: list[dict[str, Any]]) -> None:
+    """Append one JSON line per measurement to a file; nothing where `path` is None."""
+    if path is None:
+        return
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        for row in rows:
+            file.write(json.dumps(row) + "\n")
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _status_kib(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1])
+    raise KeyError(field)
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _git(*words: str) -> str | None:
+    result = subprocess.run(("git", "-C", _ROOT, *words), capture_output=True, text=True)
+    return result.stdout.strip() if result.returncode == 0 else None
+
+
+def _driver() -> str | None:
+    query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    try:
+        result = subprocess.run(query, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return result.stdout.split()[0] if result.returncode == 0 else None
