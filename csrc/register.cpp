@@ -4,4 +4,19 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(memdlm_C, m) {
+  m.def(
+      "fast_weight_sgd_(Tensor(a!) param, Tensor grad, Tensor segments, float lr, float max_norm, "
+      "str clip, Tensor(b!) norm, Tensor(c!) skipped) -> ()");
+  m.def("fast_weight_reset_(Tensor(a!) param, Tensor segments, Tensor bounds, Tensor seed) -> ()");
+  m.def(
+      "lora_linear(Tensor x, Tensor base, Tensor A, Tensor B, float scale, Tensor(a!) out, "
+      "Tensor(b!) shrink) -> ()");
+  m.def(
+      "lora_linear_backward(Tensor grad_out, Tensor? x, Tensor? shrink, Tensor A, Tensor B, "
+      "float scale, Tensor(a!) grad_shrink, Tensor(b!)? grad_x, Tensor(c!)? grad_A, "
+      "Tensor(d!)? grad_B) -> ()");
+  m.def(
+      "masked_linear_cross_entropy(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, "
+      "Tensor? index, int ignore_index, float? softcap, int? chunk_bytes, Tensor(a!) nll, "
+      "Tensor(b!) lse, Tensor(c!) stash) -> ()");
 }

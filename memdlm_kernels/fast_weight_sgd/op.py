@@ -107,7 +107,10 @@ def _cpu_unfit(device: torch.device) -> str | None:
     return _backends.library_missing
 
 
-_ORDER = (Backend("reference", lambda device: None),)
+_ORDER = (
+    Backend("cpu", _cpu_unfit),
+    Backend("reference", lambda device: None),
+)
 _IMPLEMENTATION = {"cpu": cpu.fast_weight_sgd_}
 
 

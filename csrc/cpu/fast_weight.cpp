@@ -1,0 +1,276 @@
+// Fast weights of S sets (rows) in one flat buffer [S, T], cut into P tensors by a segment table:
+// clipped SGD in two passes over the gradient, and a redraw in one pass of writes.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "check.h"
+
+namespace memdlm {
+namespace {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+
+// What T is computed in.
+template <class T>
+using Work = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// Part of one segment of one row. Its length depends on the segment table alone, never on the
+// number of threads, and so do all sums.
+struct Block {
+  int64_t row, segment, begin, end;
+};
+
+constexpr int64_t kBlock = 1 << 14;  // elements: a block of gradient fits the L1 or L2 cache
+
+std::vector<Block> make_blocks(const Tensor& segments, int64_t rows, int64_t columns) {
+  check_tensor(segments, "segments", ScalarType::Long, segments.numel());
+  const int64_t* bounds = segments.const_data_ptr<int64_t>();
+  const int64_t count = segments.numel() - 1;
+  STD_TORCH_CHECK(count >= 0 && bounds[0] == 0 && bounds[count] == columns,
+                  "segments must run from 0 to ", columns);
+  std::vector<Block> blocks;
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t segment = 0; segment < count; ++segment) {
+      STD_TORCH_CHECK(bounds[segment] <= bounds[segment + 1], "segments must ascend");
+      for (int64_t begin = bounds[segment]; begin < bounds[segment + 1]; begin += kBlock) {
+        blocks.push_back({row, segment, begin, std::min(begin + kBlock, bounds[segment + 1])});
+      }
+    }
+  }
+  return blocks;
+}
+
+// Row `row` of a tensor [S, T] whose columns are adjacent.
+template <class T>
+T* row_of(const Tensor& flat, int64_t row) {
+  return static_cast<T*>(flat.mutable_data_ptr()) + row * flat.stride(0);
+}
+
+void check_flat(const Tensor& flat, const char* name, int64_t rows, int64_t columns) {
+  STD_TORCH_CHECK(flat.is_cpu() && flat.dim() == 2, name, " must be a CPU tensor [S, T]");
+  STD_TORCH_CHECK(flat.size(0) == rows && flat.size(1) == columns, name, " must be [", rows, ", ",
+                  columns, "]");
+  STD_TORCH_CHECK(columns <= 1 || flat.stride(1) == 1, name, " must have adjacent columns");
+}
+
+// Calls body.operator()<T>() with the C++ type of a floating-point dtype.
+template <class Body>
+void with_type(ScalarType dtype, const char* name, Body body) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return body.template operator()<float>();
+    case ScalarType::Double:
+      return body.template operator()<double>();
+    case ScalarType::BFloat16:
+      return body.template operator()<BFloat16>();
+    case ScalarType::Half:
+      return body.template operator()<Half>();
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, float64, bfloat16 or float16");
+  }
+}
+
+// In double no square of a float overflows or underflows, and each is exact.
+template <class T>
+CLONES double sum_of_squares(const T* x, int64_t n) {
+  typedef Work<T> Narrow __attribute__((vector_size(8 * sizeof(Work<T>))));
+  typedef double Wide __attribute__((vector_size(64)));
+  Wide sums[4] = {};  // four chains hide the latency of the addition
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32) {
+    Narrow narrow[4];
+    Work<T> values[32];
+    for (int lane = 0; lane < 32; ++lane) values[lane] = static_cast<Work<T>>(x[i + lane]);
+    std::memcpy(narrow, values, sizeof(narrow));
+    for (int chain = 0; chain < 4; ++chain) {
+      const Wide wide = __builtin_convertvector(narrow[chain], Wide);
+      sums[chain] += wide * wide;
+    }
+  }
+  double total = 0;
+  for (; i < n; ++i) {
+    const double value = static_cast<Work<T>>(x[i]);
+    total += value * value;
+  }
+  const Wide sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  for (int lane = 0; lane < 8; ++lane) total += sum[lane];
+  return total;
+}
+
+template <class P, class G>
+CLONES void descend(P* __restrict__ param, const G* __restrict__ grad, double factor, int64_t n) {
+  using Common = std::conditional_t<std::is_same_v<G, double>, double, Work<P>>;
+  const Common step = static_cast<Common>(factor);
+  for (int64_t i = 0; i < n; ++i) {
+    const Common update = step * static_cast<Common>(static_cast<Work<G>>(grad[i]));
+    const Common value = static_cast<Common>(static_cast<Work<P>>(param[i])) - update;
+    param[i] = static_cast<P>(static_cast<Work<P>>(value));
+  }
+}
+
+// `skipped` holds, on entry, the rows whose loss is not finite.
+void fast_weight_sgd_(const Tensor& param, const Tensor& grad, const Tensor& segments, double lr,
+                      double max_norm, std::string clip, const Tensor& norm,
+                      const Tensor& skipped) {
+  const int64_t rows = param.size(0), columns = param.size(1), count = segments.numel() - 1;
+  check_flat(param, "param", rows, columns);
+  check_flat(grad, "grad", rows, columns);
+  check_tensor(norm, "norm", norm.scalar_type(), rows * count);
+  check_tensor(skipped, "skipped", ScalarType::Bool, rows);
+  const std::vector<Block> blocks = make_blocks(segments, rows, columns);
+  const int64_t block_count = static_cast<int64_t>(blocks.size());
+
+  std::vector<double> partial(blocks.size());
+  with_type(grad.scalar_type(), "grad", [&]<class G>() {
+    torch::stable::parallel_for(0, block_count, 1, [&](int64_t first, int64_t last) {
+      for (int64_t b = first; b < last; ++b) {
+        const Block& block = blocks[b];
+        partial[b] =
+            sum_of_squares(row_of<const G>(grad, block.row) + block.begin, block.end - block.begin);
+      }
+    });
+  });
+
+  std::vector<double> square(rows * count), row_square(rows), factor(rows * count, lr);
+  for (int64_t b = 0; b < block_count; ++b) {
+    square[blocks[b].row * count + blocks[b].segment] += partial[b];
+  }
+  bool* skip = skipped.mutable_data_ptr<bool>();
+  for (int64_t i = 0; i < rows * count; ++i) {
+    const int64_t row = i / count;
+    row_square[row] += square[i];
+    const double segment_norm = std::sqrt(square[i]);
+    bool finite;
+    if (norm.scalar_type() == ScalarType::Double) {
+      norm.mutable_data_ptr<double>()[i] = segment_norm;
+      finite = std::isfinite(segment_norm);
+    } else {
+      norm.mutable_data_ptr<float>()[i] = static_cast<float>(segment_norm);
+      finite = std::isfinite(static_cast<float>(segment_norm));
+    }
+    skip[row] |= !finite;
+    if (clip == "tensor" && segment_norm > max_norm) factor[i] = lr * (max_norm / segment_norm);
+  }
+  if (clip == "global") {
+    for (int64_t i = 0; i < rows * count; ++i) {
+      const double row_norm = std::sqrt(row_square[i / count]);
+      if (row_norm > max_norm) factor[i] = lr * (max_norm / row_norm);
+    }
+  }
+
+  with_type(param.scalar_type(), "param", [&]<class P>() {
+    with_type(grad.scalar_type(), "grad", [&]<class G>() {
+      torch::stable::parallel_for(0, block_count, 1, [&](int64_t first, int64_t last) {
+        for (int64_t b = first; b < last; ++b) {
+          const Block& block = blocks[b];
+          if (skip[block.row]) continue;
+          descend(row_of<P>(param, block.row) + block.begin,
+                  row_of<const G>(grad, block.row) + block.begin,
+                  factor[block.row * count + block.segment], block.end - block.begin);
+        }
+      });
+    });
+  });
+}
+
+// Philox4x32-10 of `kCounters` adjacent counters, each giving four adjacent outputs in [-1, 1).
+constexpr int64_t kCounters = 16;
+
+template <class W>
+__attribute__((always_inline)) inline void philox(uint32_t counter, uint64_t seed, W* out) {
+  // Words of 32 bits in lanes of 64, so that a product needs no widening.
+  typedef uint64_t Lanes __attribute__((vector_size(8 * kCounters)));
+  const Lanes word = Lanes{} + 0xffffffffu;
+  Lanes c0, c1 = {}, c2 = {}, c3 = {};
+  for (int64_t lane = 0; lane < kCounters; ++lane) {
+    c0[lane] = static_cast<uint32_t>(counter + static_cast<uint32_t>(lane));
+  }
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const Lanes product0 = c0 * (Lanes{} + 0xD2511F53u);
+    const Lanes product1 = c2 * (Lanes{} + 0xCD9E8D57u);
+    c0 = (product1 >> 32) ^ c1 ^ k0;
+    c2 = (product0 >> 32) ^ c3 ^ k1;
+    c1 = product1 & word;
+    c3 = product0 & word;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  for (int64_t lane = 0; lane < kCounters; ++lane) {
+    const uint64_t words[4] = {c0[lane], c1[lane], c2[lane], c3[lane]};
+    for (int i = 0; i < 4; ++i) {
+      // (word >> 8) / 2**24 * 2 - 1, exact in float32.
+      const int32_t centred = static_cast<int32_t>(words[i] >> 8) - (1 << 23);
+      out[4 * lane + i] = static_cast<W>(centred) * static_cast<W>(0x1p-23);
+    }
+  }
+}
+
+template <class T>
+CLONES void draw(T* row, uint64_t seed, double bound, int64_t begin, int64_t end) {
+  constexpr int64_t kWords = 4 * kCounters;
+  const Work<T> scale = static_cast<Work<T>>(bound);
+  // A segment may begin and end within a counter's four words.
+  for (int64_t start = begin / kWords * kWords; start < end; start += kWords) {
+    Work<T> values[kWords];
+    philox(static_cast<uint32_t>(start / 4), seed, values);
+    if (start >= begin && start + kWords <= end) {
+      for (int64_t i = 0; i < kWords; ++i) row[start + i] = static_cast<T>(values[i] * scale);
+    } else {
+      for (int64_t j = std::max(start, begin); j < std::min(start + kWords, end); ++j) {
+        row[j] = static_cast<T>(values[j - start] * scale);
+      }
+    }
+  }
+}
+
+void fast_weight_reset_(const Tensor& param, const Tensor& segments, const Tensor& bounds,
+                        const Tensor& seed) {
+  const int64_t rows = param.size(0), columns = param.size(1);
+  check_flat(param, "param", rows, columns);
+  check_tensor(bounds, "bounds", ScalarType::Double, segments.numel() - 1);
+  check_tensor(seed, "seed", ScalarType::Long, rows);
+  const double* bound = bounds.const_data_ptr<double>();
+  const int64_t* seeds = seed.const_data_ptr<int64_t>();
+  const std::vector<Block> blocks = make_blocks(segments, rows, columns);
+
+  with_type(param.scalar_type(), "param", [&]<class T>() {
+    torch::stable::parallel_for(
+        0, static_cast<int64_t>(blocks.size()), 1, [&](int64_t first, int64_t last) {
+          for (int64_t b = first; b < last; ++b) {
+            const Block& block = blocks[b];
+            T* row = row_of<T>(param, block.row);
+            if (static_cast<Work<T>>(bound[block.segment]) == 0) {
+              // Half of all fast weights: every B. Nothing to draw.
+              std::fill(row + block.begin, row + block.end, static_cast<T>(0.0f));
+            } else {
+              draw(row, static_cast<uint64_t>(seeds[block.row]), bound[block.segment], block.begin,
+                   block.end);
+            }
+          }
+        });
+  });
+}
+
+STABLE_TORCH_LIBRARY_IMPL(memdlm_C, CPU, m) {
+  m.impl("fast_weight_sgd_", TORCH_BOX(&fast_weight_sgd_));
+  m.impl("fast_weight_reset_", TORCH_BOX(&fast_weight_reset_));
+}
+
+}  // namespace
+}  // namespace memdlm

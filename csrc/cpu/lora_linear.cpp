@@ -1,0 +1,69 @@
+// A low-rank update folded into the output of a frozen layer: library GEMMs only, each with the
+// scale and the addition in its epilogue, so that no pass over [rows, out] is left to write.
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <optional>
+
+#include "check.h"
+
+namespace memdlm {
+namespace {
+
+using torch::stable::Tensor;
+
+// out = beta * addend + alpha * left @ right: [M, K] @ [K, N], or one such product for each set.
+// With beta 0 the addend is not read.
+void multiply(const Tensor& out, double beta, const Tensor& addend, double alpha,
+              const Tensor& left, const Tensor& right) {
+  const auto gemm = left.dim() == 3 ? aoti_torch_cpu_baddbmm_out : aoti_torch_cpu_addmm_out;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      gemm(out.get(), addend.get(), left.get(), right.get(), beta, alpha));
+}
+
+Tensor transposed(const Tensor& matrix) {
+  return torch::stable::transpose(matrix, matrix.dim() - 2, matrix.dim() - 1);
+}
+
+void check_gemm_operand(const Tensor& tensor, const char* name, const Tensor& like) {
+  STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU");
+  STD_TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), name, " must have x's dtype");
+  STD_TORCH_CHECK(tensor.dim() == like.dim(), name, " must have x's dimensions");
+}
+
+// x [(S,) L, in], base and out [(S,) L, out], A [(S,) R, in], B [(S,) out, R], shrink [(S,) L, R].
+void lora_linear(const Tensor& x, const Tensor& base, const Tensor& A, const Tensor& B,
+                 double scale, const Tensor& out, const Tensor& shrink) {
+  check_gemm_operand(base, "base", x);
+  check_gemm_operand(A, "A", x);
+  check_gemm_operand(B, "B", x);
+  check_gemm_operand(out, "out", x);
+  check_gemm_operand(shrink, "shrink", x);
+  multiply(shrink, 0, shrink, 1, x, transposed(A));
+  multiply(out, 1, base, scale, shrink, transposed(B));
+}
+
+// A gradient is computed where its tensor is given; grad_shrink [(S,) L, R] is scratch.
+void lora_linear_backward(const Tensor& grad_out, const std::optional<Tensor>& x,
+                          const std::optional<Tensor>& shrink, const Tensor& A, const Tensor& B,
+                          double scale, const Tensor& grad_shrink,
+                          const std::optional<Tensor>& grad_x, const std::optional<Tensor>& grad_A,
+                          const std::optional<Tensor>& grad_B) {
+  check_gemm_operand(A, "A", grad_out);
+  check_gemm_operand(B, "B", grad_out);
+  STD_TORCH_CHECK(!grad_A || x, "grad_A needs x");
+  STD_TORCH_CHECK(!grad_B || shrink, "grad_B needs shrink");
+  if (grad_x || grad_A) multiply(grad_shrink, 0, grad_shrink, scale, grad_out, B);
+  if (grad_x) multiply(*grad_x, 0, *grad_x, 1, grad_shrink, A);
+  if (grad_A) multiply(*grad_A, 0, *grad_A, 1, transposed(grad_shrink), *x);
+  if (grad_B) multiply(*grad_B, 0, *grad_B, scale, transposed(grad_out), *shrink);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(memdlm_C, CPU, m) {
+  m.impl("lora_linear", TORCH_BOX(&lora_linear));
+  m.impl("lora_linear_backward", TORCH_BOX(&lora_linear_backward));
+}
+
+}  // namespace
+}  // namespace memdlm
