@@ -57,7 +57,9 @@ class Backbone:
     """
 
     def __init__(self, model: nn.Module, boundary: int | None = None) -> None:
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base: Any = model
+        if hasattr(base, "get_base_model"):  # a PEFT model
+            base = base.get_base_model()
         config = base.config
         if config.model_type not in FAMILIES:
             raise ValueError(
@@ -70,7 +72,7 @@ class Backbone:
             )
         self.config = config
         self.decoder = base.get_decoder()
-        self.layers: nn.ModuleList = self.decoder.layers
+        self.layers: Any = self.decoder.layers
         self.half_count = 2 * len(self.layers)
         self.boundary = self.half_count if boundary is None else boundary
         if not 1 <= self.boundary <= self.half_count:
@@ -209,7 +211,7 @@ class Backbone:
         return hidden
 
 
-def _attend(layer: nn.Module, hidden: Tensor, context: Context) -> Tensor:
+def _attend(layer: Any, hidden: Tensor, context: Context) -> Tensor:
     attended, _ = layer.self_attn(
         hidden_states=layer.input_layernorm(hidden),
         position_embeddings=context.rotary,
@@ -219,7 +221,7 @@ def _attend(layer: nn.Module, hidden: Tensor, context: Context) -> Tensor:
     return hidden + attended
 
 
-def _attend_rows(layer: nn.Module, hidden: Tensor, context: Context) -> Tensor:
+def _attend_rows(layer: Any, hidden: Tensor, context: Context) -> Tensor:
     """Attention whose queries are the rows of the context: [B, L, D] to [B, W, D]."""
     attention = layer.self_attn
     rows = context.rows
@@ -241,7 +243,7 @@ def _attend_rows(layer: nn.Module, hidden: Tensor, context: Context) -> Tensor:
     return _take(hidden, rows) + attention.o_proj(merged)
 
 
-def _heads(attention: nn.Module, name: str, hidden: Tensor) -> Tensor:
+def _heads(attention: Any, name: str, hidden: Tensor) -> Tensor:
     """Project and split into heads, [B, L, D] to [B, H, L, head_dim]; Qwen3 also norms them."""
     projected = getattr(attention, f"{name}_proj")(hidden)
     heads = projected.unflatten(-1, (-1, attention.head_dim))
@@ -268,7 +270,7 @@ def adapted_layers(layer_count: int, layer_fraction: float) -> range:
 
 def find_targets(
     model: nn.Module, target: str, layer_fraction: float
-) -> tuple[dict[str, nn.Module], int]:
+) -> tuple[dict[str, nn.Linear], int]:
     """The linear layers that get fast weights, and the first half that holds one.
 
     Args:
@@ -302,7 +304,7 @@ def find_targets(
 
 def _projections(
     layers: nn.ModuleList, chosen: range, wanted: list[tuple[str, str]]
-) -> Iterator[tuple[str, nn.Module]]:
+) -> Iterator[tuple[str, nn.Linear]]:
     for index in chosen:
         for parent, name in wanted:
             module = getattr(getattr(layers[index], parent, None), name, None)

@@ -32,7 +32,7 @@ class FastWeights:
         bounds: [P] float64, each tensor is drawn uniform in plus or minus this; 0 for zeros.
     """
 
-    def __init__(self, modules: dict[str, nn.Module], config: MemoryConfig) -> None:
+    def __init__(self, modules: dict[str, nn.Linear], config: MemoryConfig) -> None:
         self.modules = modules
         self.config = config
         self._shapes: list[tuple[int, int]] = []
@@ -176,8 +176,8 @@ class _Hook:
     def __call__(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor | None:
         if self._store._read is None:
             return None
-        tensors = self._store._read[self._index]
-        if len(tensors) == 2:
-            return lora_linear(inputs[0], output, *tensors, self._scale)
-        delta = tensors[0].to(output.dtype)
-        return output + inputs[0] @ delta.mT
+        if self._store.config.adapter == "lora":
+            low_rank, up = self._store._read[self._index]
+            return lora_linear(inputs[0], output, low_rank, up, self._scale)
+        (delta,) = self._store._read[self._index]
+        return output + inputs[0].to(output.dtype) @ delta.to(output.dtype).mT

@@ -97,7 +97,8 @@ def adapt(
     Returns:
         The trace of inner_epochs * K steps.
     """
-    weight, bias = (None if t is None else t.detach() for t in backbone.head())
+    weight, bias = backbone.head()
+    weight, bias = weight.detach(), None if bias is None else bias.detach()
     recompute = _recompute(config.inner_checkpoint, backbone, boundaries)
     memory = fast_weights.reading(trainable=True)
     losses, norms, skips = [], [], []
@@ -131,12 +132,12 @@ def _recompute(choice: str, backbone: Backbone, boundaries: list[Boundary]) -> b
     """Whether the inner steps recompute their layers instead of storing the activations."""
     if choice != "auto":
         return choice == "layer"
-    config = backbone.config
+    model = backbone.config
     largest = max(boundary.hidden.shape[:2].numel() for boundary in boundaries)
     layers = (backbone.half_count - backbone.boundary + 1) // 2
     # Per row and layer: about 8 vectors of the hidden size around the norms and the attention, and
     # 4 of the FFN size around SwiGLU.
-    values = largest * layers * (8 * config.hidden_size + 4 * config.intermediate_size)
+    values = largest * layers * (8 * model.hidden_size + 4 * model.intermediate_size)
     hidden = boundaries[0].hidden
     return values * hidden.element_size() > _STORED_SHARE * _free_bytes(hidden.device)
 

@@ -41,4 +41,4 @@ class CosineSchedule:
         return slope / (self.mask_probability(time) + _EPSILON)
 
 
-SCHEDULES = {"linear": LinearSchedule(), "cosine": CosineSchedule()}
+SCHEDULES: dict[str, LinearSchedule | CosineSchedule] = {"linear": LinearSchedule(), "cosine": CosineSchedule()}
