@@ -19,4 +19,14 @@ inline void check_tensor(const torch::stable::Tensor& tensor, const char* name,
                   tensor.numel());
 }
 
+// A matrix on the CPU whose rows are contiguous and may lie apart.
+inline void check_rows(const torch::stable::Tensor& matrix, const char* name,
+                       torch::headeronly::ScalarType dtype) {
+  STD_TORCH_CHECK(matrix.is_cpu(), name, " must be on the CPU");
+  STD_TORCH_CHECK(matrix.dim() == 2 && (matrix.stride(1) == 1 || matrix.size(1) <= 1), name,
+                  " must be a matrix with contiguous rows");
+  STD_TORCH_CHECK(matrix.scalar_type() == dtype, name, " must have scalar type ",
+                  static_cast<int>(dtype), ", got ", static_cast<int>(matrix.scalar_type()));
+}
+
 }  // namespace memdlm

@@ -1,4 +1,4 @@
-"""From per-row NLL to a loss, and the checks on it: the same for every cross-entropy of the package."""
+"""From per-row NLL to a loss, and the checks on it: the same for every cross-entropy here."""
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ def check_reduction(
 
 
 def check_targets(target: Tensor, ignore_index: int, vocabulary: int) -> None:
-    """Raise unless every target is a token or ignored. Reads the values: not for a device tensor."""
+    """Raise unless every target is a token or ignored. Reads values: waits for a device."""
     bad = (target != ignore_index) & ((target < 0) | (target >= vocabulary))
     if bad.any():
         raise ValueError(

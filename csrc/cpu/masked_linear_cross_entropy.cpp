@@ -1,0 +1,722 @@
+// Cross-entropy of a language-model head without its logits, in one pass over the vocabulary.
+//
+// Rows of hidden lie along the vector lanes: a panel is up to kColumns vectors of rows. A chunk of
+// the weight is packed once and meets every panel: logits = W h, softmax down the lanes with an
+// online maximum, then sum of p W. The weight's elements are broadcast, so that one packed copy
+// serves both products; hidden is packed once, and no reduction crosses lanes.
+//
+// It is a small GEMM of its own because no library offers, on the CPU, bfloat16 inputs with float32
+// results, which the gradient of a confident token needs, nor a softmax between two products.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <optional>
+#include <type_traits>
+#include <vector>
+
+#include "check.h"
+#include "cpu/instruction_set.h"
+#include "cpu/vector.h"
+
+namespace memdlm {
+namespace {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kGroup = 8;         // packed operands come in groups of 8 rows by 8 steps
+constexpr int64_t kChunkMultiple = 16;  // words of the vocabulary: a group of 8 pairs
+constexpr int64_t kPackedChunkBytes = 256 << 10;  // of weight: leaves most of a core's cache
+constexpr int64_t kSmallestChunk = 64;
+constexpr int64_t kRowsPerBlock = 256;
+constexpr int64_t kStepsPerPass = 128;  // summed on their own: short sums round less
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
+// --- What differs between instruction sets -------------------------------------------------------
+// Element is what a product broadcasts: a number, or a pair of bfloat16 that are multiplied and
+// added to a float32 at once. kRows * kColumns accumulators fill the registers.
+
+template <class Scalar_, int kBytes_, int kRows_, int kColumns_>
+struct Fused {
+  using Scalar = Scalar_;
+  using Element = Scalar_;
+  static constexpr int kBytes = kBytes_, kRows = kRows_, kColumns = kColumns_;
+  static constexpr int kLanes = kBytes / sizeof(Scalar);
+  static constexpr int kPair = 1;
+  typedef typename VectorOf<Scalar, kBytes>::type Vector;
+
+  static MEMDLM_INLINE void multiply_add(Vector& sum, const Element& a, const Vector& b) {
+    sum += a * b;
+  }
+};
+
+struct PairsOfBFloat16 {
+  using Scalar = float;
+  using Element = uint32_t;  // the lower half is the earlier element
+  static constexpr int kBytes = 64, kRows = 8, kColumns = 3;
+  static constexpr int kLanes = 16;
+  static constexpr int kPair = 2;
+  typedef VectorOf<float, 64>::type Vector;
+
+  static MEMDLM_INLINE void multiply_add(Vector& sum, const Element& a, const Vector& b) {
+#if defined(__x86_64__)
+    const VectorOf<uint32_t, 64>::type pair = VectorOf<uint32_t, 64>::type{} + a;
+    // Not the intrinsic: it cannot be inlined through a template without the target attribute.
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(b), "v"(pair));
+#endif
+  }
+};
+
+using Baseline = Fused<float, 32, 4, 1>;
+using Avx2 = Fused<float, 32, 4, 3>;
+using Avx512 = Fused<float, 64, 8, 3>;
+using Float64 = Fused<double, 64, 4, 1>;
+
+template <class Isa>
+inline constexpr bool kPairs = Isa::kPair == 2;
+
+// --- Memory --------------------------------------------------------------------------------------
+
+struct Free {
+  void operator()(void* pointer) const { std::free(pointer); }
+};
+
+template <class T>
+using Buffer = std::unique_ptr<T[], Free>;
+
+// Not initialised, aligned to a cache line.
+template <class T>
+Buffer<T> allocate(int64_t count) {
+  void* pointer = std::aligned_alloc(64, round_up(std::max<int64_t>(count * sizeof(T), 1), 64));
+  if (!pointer) throw std::bad_alloc();
+  return Buffer<T>(static_cast<T*>(pointer));
+}
+
+// --- The problem ---------------------------------------------------------------------------------
+
+template <class T, class Scalar>
+struct Head {
+  const T* hidden;
+  int64_t hidden_stride;
+  const T* weight;
+  int64_t weight_stride;
+  const Scalar* bias;  // or null
+  int64_t depth, vocabulary;
+  Scalar softcap;  // or 0
+  std::vector<int64_t> kept;    // rows of target that are not ignored
+  std::vector<int64_t> source;  // for each, its row of hidden
+  std::vector<int64_t> label;   // and its target
+};
+
+// `rows` in panels of up to `widest` vectors, as even as they come. What lies in panels is stored
+// one panel after the other: panel p of [K][columns] begins at K * first(p).
+struct Panels {
+  int64_t lanes, vectors, count;
+
+  Panels(int64_t rows, int64_t lanes_, int64_t widest)
+      : lanes(lanes_), vectors(divide_up(rows, lanes)), count(divide_up(vectors, widest)) {}
+  int64_t columns() const { return vectors * lanes; }
+  int64_t first(int64_t panel) const { return vectors * panel / count * lanes; }
+  int64_t width(int64_t panel) const { return first(panel + 1) - first(panel); }
+};
+
+template <class Isa>
+Panels panels_of(int64_t rows) {
+  return Panels(rows, Isa::kLanes, Isa::kColumns);
+}
+
+// --- Packing -------------------------------------------------------------------------------------
+
+template <class T>
+MEMDLM_INLINE uint32_t bits_of(const T& value) {
+  uint16_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+// Words [first, first + count) of the weight, with zeros up to `padded` words and whole groups of
+// depth: by_depth is [depth / 8][word][8 of depth], by_word [depth / 8][word / kPair][8 of depth],
+// which for single elements is the same.
+template <class Isa, class T>
+MEMDLM_INLINE void pack_weight(const T* weight, int64_t stride, int64_t depth, int64_t count,
+                               int64_t padded, typename Isa::Element* by_depth,
+                               typename Isa::Element* by_word) {
+  using Element = typename Isa::Element;
+  const int64_t steps = divide_up(depth, Isa::kPair);
+  for (int64_t word = 0; word < padded; ++word) {
+    const T* row = weight + std::min(word, count - 1) * stride;
+    for (int64_t group = 0; group * kGroup < steps; ++group) {
+      Element* to = by_depth + (group * padded + word) * kGroup;
+      const int64_t begin = group * kGroup * Isa::kPair;
+      if (word >= count || begin + kGroup * Isa::kPair > depth) {
+        for (int64_t i = 0; i < kGroup; ++i) {
+          to[i] = 0;
+          for (int64_t half = 0; half < Isa::kPair; ++half) {
+            const int64_t d = begin + i * Isa::kPair + half;
+            if (word >= count || d >= depth) continue;
+            if constexpr (kPairs<Isa>)
+              to[i] |= bits_of(row[d]) << (16 * half);
+            else
+              to[i] = static_cast<Element>(row[d]);
+          }
+        }
+      } else if constexpr (kPairs<Isa> || std::is_same_v<T, Element>) {
+        std::memcpy(to, row + begin, kGroup * sizeof(Element));
+      } else {
+        for (int64_t i = 0; i < kGroup; ++i) to[i] = static_cast<Element>(row[begin + i]);
+      }
+    }
+  }
+  if constexpr (kPairs<Isa>) {
+    for (int64_t pair = 0; pair * 2 < padded; ++pair) {
+      const bool whole = pair * 2 + 1 < count;
+      const T* low = weight + std::min(pair * 2, count - 1) * stride;
+      const T* high = whole ? low + stride : low;
+      for (int64_t group = 0; group * kGroup < depth; ++group) {
+        Element* to = by_word + (group * (padded / 2) + pair) * kGroup;
+        const int64_t begin = group * kGroup;
+        if (whole && begin + kGroup <= depth) {
+          for (int64_t i = 0; i < kGroup; ++i)
+            to[i] = bits_of(low[begin + i]) | bits_of(high[begin + i]) << 16;
+        } else {
+          for (int64_t i = 0; i < kGroup; ++i) {
+            const bool inside = begin + i < depth;
+            to[i] = inside && pair * 2 < count ? bits_of(low[begin + i]) : 0;
+            if (inside && whole) to[i] |= bits_of(high[begin + i]) << 16;
+          }
+        }
+      }
+    }
+  }
+}
+
+// One panel of hidden: [steps of depth, whole groups][rows of the panel], zeros outside.
+template <class Isa, class T>
+MEMDLM_INLINE void pack_hidden(const T* hidden, int64_t stride, int64_t depth,
+                               const int64_t* source, int64_t rows, int64_t width,
+                               typename Isa::Element* to) {
+  const int64_t steps = round_up(divide_up(depth, Isa::kPair), kGroup);
+  std::memset(to, 0, steps * width * sizeof(*to));
+  for (int64_t m = 0; m < std::min(rows, width); ++m) {
+    const T* row = hidden + source[m] * stride;
+    if constexpr (kPairs<Isa>) {
+      for (int64_t d = 0; d < depth; ++d) to[d / 2 * width + m] |= bits_of(row[d]) << (d % 2 * 16);
+    } else {
+      for (int64_t d = 0; d < depth; ++d)
+        to[d * width + m] = static_cast<typename Isa::Element>(row[d]);
+    }
+  }
+}
+
+// --- The product ---------------------------------------------------------------------------------
+
+// Element (r, k) lies at data[r / 8 * outer + r % 8 * row + k / 8 * group + k % 8 * step].
+template <class Element>
+struct Operand {
+  const Element* data;
+  int64_t outer, row, group, step;
+};
+
+// out[r][column] = scale[column] * out[r][column] + sum over k of a(r, k) * b[k][column] for a panel
+// of kWidth vectors; rows and steps are multiples of 8. Without `accumulate`, out is only written.
+template <class Isa, int kWidth>
+MEMDLM_INLINE void multiply(const Operand<typename Isa::Element>& a,
+                            const typename Isa::Element* b, int64_t rows, int64_t steps,
+                            const typename Isa::Scalar* scale, bool accumulate,
+                            typename Isa::Scalar* out) {
+  using Vector = typename Isa::Vector;
+  constexpr int kRows = Isa::kRows, kLanes = Isa::kLanes;
+  constexpr int64_t kColumns = kWidth * kLanes;
+  for (int64_t pass = 0; pass < steps; pass += kStepsPerPass) {
+    const int64_t pass_end = std::min(steps, pass + kStepsPerPass);
+    for (int64_t r0 = 0; r0 < rows; r0 += kRows) {
+      const typename Isa::Element* a_tile =
+          a.data + r0 / kGroup * a.outer + r0 % kGroup * a.row + pass / kGroup * a.group;
+      Vector sum[kRows][kWidth];
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 3
+        for (int j = 0; j < kWidth; ++j) sum[r][j] = Vector{};
+      for (int64_t k0 = pass; k0 < pass_end; k0 += kGroup, a_tile += a.group) {
+        const typename Isa::Element* a_step = a_tile;
+        const typename Isa::Element* b_step = b + k0 * kColumns;
+#pragma GCC unroll 2
+        for (int k = 0; k < kGroup; ++k, a_step += a.step, b_step += kColumns) {
+          Vector column[kWidth];
+#pragma GCC unroll 3
+          for (int j = 0; j < kWidth; ++j) column[j] = load<Vector>(b_step + j * kLanes);
+#pragma GCC unroll 8
+          for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 3
+            for (int j = 0; j < kWidth; ++j)
+              Isa::multiply_add(sum[r][j], a_step[r * a.row], column[j]);
+        }
+      }
+      const bool first_write = !accumulate && pass == 0;
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 3
+        for (int j = 0; j < kWidth; ++j) {
+          typename Isa::Scalar* at = out + (r0 + r) * kColumns + j * kLanes;
+          if (!first_write && scale && pass == 0)
+            sum[r][j] += load<Vector>(at) * load<Vector>(scale + j * kLanes);
+          else if (!first_write)
+            sum[r][j] += load<Vector>(at);
+          store(at, sum[r][j]);
+        }
+    }
+  }
+}
+
+// --- Forward -------------------------------------------------------------------------------------
+
+// What a part of the vocabulary knows of a block of rows. The target's word is left out of all but
+// its own logit: its gradient is added at the end, where it does not cancel.
+template <class Scalar>
+struct Partial {
+  Buffer<Scalar> maximum;       // [columns]
+  Buffer<Scalar> others;        // [columns] sum of exp(logit - maximum)
+  Buffer<Scalar> target_logit;  // [columns] where the target lies in this part
+  Buffer<Scalar> sums;          // panels of [depth][columns], sum of exp(logit - maximum) W; or null
+};
+
+struct Block {
+  int64_t first_row, rows;  // of the kept rows
+  int64_t first_word, last_word;
+  int64_t chunk;
+};
+
+// Bias and softcap on the logits [words][kWidth vectors]; the logits of the targets are taken out
+// to target_logit and become -inf, as do the words from `words` to `padded`.
+template <class Isa, int kWidth>
+MEMDLM_INLINE void finish_logits(typename Isa::Scalar* logits, int64_t words, int64_t padded,
+                                 const typename Isa::Scalar* bias, typename Isa::Scalar softcap,
+                                 const int64_t* label, int64_t rows, int64_t first_word,
+                                 typename Isa::Scalar* target_logit) {
+  using Scalar = typename Isa::Scalar;
+  using Vector = typename Isa::Vector;
+  constexpr int64_t kColumns = kWidth * Isa::kLanes;
+  constexpr Scalar kMinusInfinity = -std::numeric_limits<Scalar>::infinity();
+  if (bias || softcap > 0) {
+    for (int64_t word = 0; word < words; ++word)
+      for (int64_t column = 0; column < kColumns; column += Isa::kLanes) {
+        Scalar* at = logits + word * kColumns + column;
+        Vector logit = load<Vector>(at);
+        if (bias) logit += bias[first_word + word];
+        if (softcap > 0) logit = softcap * hyperbolic_tangent<Isa::kBytes>(logit / softcap);
+        store(at, logit);
+      }
+  }
+  for (int64_t m = 0; m < std::min(rows, kColumns); ++m) {
+    const int64_t word = label[m] - first_word;
+    if (word < 0 || word >= words) continue;
+    target_logit[m] = logits[word * kColumns + m];
+    logits[word * kColumns + m] = kMinusInfinity;
+  }
+  std::fill(logits + words * kColumns, logits + padded * kColumns, kMinusInfinity);
+}
+
+// Two words' values as the operand of the next product: pairs of bfloat16, or as they are.
+template <class Isa>
+MEMDLM_INLINE void store_words(typename Isa::Scalar* low_at, typename Isa::Scalar* high_at,
+                               typename Isa::Element* pair_at, const typename Isa::Vector& low,
+                               const typename Isa::Vector& high) {
+  if constexpr (kPairs<Isa>) {
+    typedef typename VectorOf<uint32_t, Isa::kBytes>::type Bits;
+    const Bits low_bits = load<Bits>(&low), high_bits = load<Bits>(&high);
+    const Bits low_rounded = (low_bits + 0x7fff + ((low_bits >> 16) & 1)) >> 16;
+    const Bits high_rounded = (high_bits + 0x7fff + ((high_bits >> 16) & 1)) & 0xffff0000;
+    const Bits pair = low_rounded | high_rounded;
+    store(pair_at, pair);
+  } else {
+    store(low_at, low);
+    store(high_at, high);
+  }
+}
+
+// Logits to exp(logit - maximum), of which `probabilities` gets what multiplies W (the derivative
+// of the softcap included), and the running maximum, sum and rescaling factor of the columns.
+template <class Isa, int kWidth>
+MEMDLM_INLINE void online_softmax(typename Isa::Scalar* logits, int64_t padded,
+                                  typename Isa::Scalar softcap, bool need_probabilities,
+                                  typename Isa::Scalar* maximum, typename Isa::Scalar* others,
+                                  typename Isa::Scalar* rescale,
+                                  typename Isa::Element* probabilities) {
+  using Vector = typename Isa::Vector;
+  constexpr int64_t kColumns = kWidth * Isa::kLanes;
+  for (int64_t column = 0; column < kColumns; column += Isa::kLanes) {
+    const Vector previous = load<Vector>(maximum + column);
+    Vector highest = previous;
+    for (int64_t word = 0; word < padded; ++word)
+      highest = larger(load<Vector>(logits + word * kColumns + column), highest);
+    const Vector factor = exponential<Isa::kBytes>(previous - highest);
+    Vector sum_low{}, sum_high{};
+    for (int64_t word = 0; word < padded; word += 2) {
+      typename Isa::Scalar* low_at = logits + word * kColumns + column;
+      typename Isa::Scalar* high_at = low_at + kColumns;
+      Vector low = load<Vector>(low_at), high = load<Vector>(high_at);
+      const Vector low_tangent = low / softcap, high_tangent = high / softcap;
+      low = exponential<Isa::kBytes>(low - highest);
+      high = exponential<Isa::kBytes>(high - highest);
+      sum_low += low;
+      sum_high += high;
+      if (!need_probabilities) continue;
+      if (softcap > 0) {  // where p is 0 the logit may be -inf: not a product
+        low = low == 0 ? low : low * (1 - low_tangent * low_tangent);
+        high = high == 0 ? high : high * (1 - high_tangent * high_tangent);
+      }
+      store_words<Isa>(low_at, high_at, probabilities + word / 2 * kColumns + column, low, high);
+    }
+    store(maximum + column, highest);
+    store(rescale + column, factor);
+    const Vector sum = load<Vector>(others + column) * factor + (sum_low + sum_high);
+    store(others + column, sum);
+  }
+}
+
+template <class Isa, int kWidth>
+MEMDLM_INLINE void forward_panel(const typename Isa::Element* by_depth,
+                                 const typename Isa::Element* by_word,
+                                 const typename Isa::Element* hidden,
+                                 const typename Isa::Scalar* bias, typename Isa::Scalar softcap,
+                                 const int64_t* label, int64_t rows, int64_t depth,
+                                 int64_t first_word, int64_t words, int64_t padded, bool is_first,
+                                 typename Isa::Scalar* logits,
+                                 typename Isa::Element* probabilities,
+                                 typename Isa::Scalar* maximum, typename Isa::Scalar* others,
+                                 typename Isa::Scalar* target_logit, typename Isa::Scalar* sums) {
+  using Element = typename Isa::Element;
+  using Scalar = typename Isa::Scalar;
+  const int64_t steps = round_up(divide_up(depth, Isa::kPair), kGroup);
+  multiply<Isa, kWidth>(
+      Operand<Element>{by_depth, kGroup * kGroup, kGroup, padded * kGroup, 1}, hidden, padded,
+      steps, nullptr, false, logits);
+  finish_logits<Isa, kWidth>(logits, words, padded, bias, softcap, label, rows, first_word,
+                             target_logit);
+  Scalar rescale[kWidth * Isa::kLanes];
+  online_softmax<Isa, kWidth>(logits, padded, softcap, sums != nullptr, maximum, others, rescale,
+                              probabilities);
+  if (!sums) return;
+  const int64_t word_steps = padded / Isa::kPair;
+  multiply<Isa, kWidth>(
+      Operand<Element>{by_word, word_steps * kGroup, 1, kGroup * kGroup, kGroup}, probabilities,
+      round_up(depth, kGroup), word_steps, rescale, !is_first, sums);
+}
+
+// One block of rows against one part of the vocabulary.
+template <class Isa, class T>
+MEMDLM_INLINE void forward_block(const Head<T, typename Isa::Scalar>& head, const Block& block,
+                                 Partial<typename Isa::Scalar>& partial) {
+  using Element = typename Isa::Element;
+  using Scalar = typename Isa::Scalar;
+  const Panels panels = panels_of<Isa>(block.rows);
+  const int64_t depth = head.depth;
+  const int64_t steps = round_up(divide_up(depth, Isa::kPair), kGroup);
+  const int64_t padded_depth = round_up(depth, kGroup);
+  const int64_t width = Isa::kColumns * Isa::kLanes;  // of the widest panel
+  const Buffer<Element> hidden = allocate<Element>(steps * panels.columns());
+  const Buffer<Element> by_depth = allocate<Element>(steps * block.chunk);
+  const Buffer<Element> pairs =
+      allocate<Element>(kPairs<Isa> ? padded_depth * block.chunk / 2 : 0);
+  const Buffer<Scalar> logits = allocate<Scalar>(block.chunk * width);
+  const Buffer<Element> pair_probabilities =
+      allocate<Element>(kPairs<Isa> ? block.chunk / 2 * width : 0);
+  Element* by_word = by_depth.get();
+  Element* probabilities;
+  if constexpr (kPairs<Isa>) {
+    by_word = pairs.get();
+    probabilities = pair_probabilities.get();
+  } else {
+    probabilities = logits.get();
+  }
+
+  std::fill_n(partial.maximum.get(), panels.columns(), std::numeric_limits<Scalar>::lowest());
+  std::fill_n(partial.others.get(), panels.columns(), Scalar{0});
+  for (int64_t panel = 0; panel < panels.count; ++panel) {
+    const int64_t first = panels.first(panel);
+    pack_hidden<Isa>(head.hidden, head.hidden_stride, depth,
+                     head.source.data() + block.first_row + first, block.rows - first,
+                     panels.width(panel), hidden.get() + steps * first);
+  }
+  for (int64_t word = block.first_word; word < block.last_word; word += block.chunk) {
+    const int64_t words = std::min(block.chunk, block.last_word - word);
+    const int64_t padded = round_up(words, kChunkMultiple);
+    pack_weight<Isa>(head.weight + word * head.weight_stride, head.weight_stride, depth, words,
+                     padded, by_depth.get(), by_word);
+    for (int64_t panel = 0; panel < panels.count; ++panel) {
+      const int64_t first = panels.first(panel);
+      const auto run = [&](auto width_constant) __attribute__((always_inline)) {
+        forward_panel<Isa, decltype(width_constant)::value>(
+            by_depth.get(), by_word, hidden.get() + steps * first, head.bias, head.softcap,
+            head.label.data() + block.first_row + first, block.rows - first, depth, word, words,
+            padded, word == block.first_word, logits.get(), probabilities,
+            partial.maximum.get() + first, partial.others.get() + first,
+            partial.target_logit.get() + first,
+            partial.sums ? partial.sums.get() + padded_depth * first : nullptr);
+      };
+      switch (panels.width(panel) / Isa::kLanes) {
+        case 1:
+          run(std::integral_constant<int, 1>{});
+          break;
+        case 2:
+          if constexpr (Isa::kColumns >= 2) run(std::integral_constant<int, 2>{});
+          break;
+        default:
+          if constexpr (Isa::kColumns >= 3) run(std::integral_constant<int, 3>{});
+      }
+    }
+  }
+}
+
+template <class T, class Scalar>
+struct Kernel {
+  void (*forward)(const Head<T, Scalar>&, const Block&, Partial<Scalar>&);
+  Panels (*panels)(int64_t rows);
+  int64_t widest_panel;   // columns
+  int64_t element_bytes;  // of a packed element, for each element of the weight
+};
+
+template <class Isa, class T>
+Kernel<T, typename Isa::Scalar> kernel_of(void (*forward)(const Head<T, typename Isa::Scalar>&,
+                                                          const Block&,
+                                                          Partial<typename Isa::Scalar>&)) {
+  return {forward, panels_of<Isa>, Isa::kColumns * Isa::kLanes,
+          static_cast<int64_t>(sizeof(typename Isa::Element)) / Isa::kPair};
+}
+
+template <class T>
+void forward_baseline(const Head<T, float>& head, const Block& block, Partial<float>& partial) {
+  forward_block<Baseline>(head, block, partial);
+}
+template <class T>
+MEMDLM_AVX2 void forward_avx2(const Head<T, float>& head, const Block& block,
+                              Partial<float>& partial) {
+  forward_block<Avx2>(head, block, partial);
+}
+template <class T>
+MEMDLM_AVX512 void forward_avx512(const Head<T, float>& head, const Block& block,
+                                  Partial<float>& partial) {
+  forward_block<Avx512>(head, block, partial);
+}
+MEMDLM_AVX512_BF16 void forward_avx512_bf16(const Head<BFloat16, float>& head, const Block& block,
+                                            Partial<float>& partial) {
+  forward_block<PairsOfBFloat16>(head, block, partial);
+}
+void forward_float64(const Head<double, double>& head, const Block& block,
+                     Partial<double>& partial) {
+  forward_block<Float64>(head, block, partial);
+}
+
+template <class T, class Scalar>
+Kernel<T, Scalar> choose_kernel() {
+  if constexpr (std::is_same_v<T, double>) {
+    return kernel_of<Float64>(forward_float64);
+  } else {
+    const InstructionSet best = instruction_set();
+    if constexpr (std::is_same_v<T, BFloat16>)
+      if (best == InstructionSet::kAvx512Bf16)
+        return kernel_of<PairsOfBFloat16>(forward_avx512_bf16);
+    if (best >= InstructionSet::kAvx512) return kernel_of<Avx512>(forward_avx512<T>);
+    if (best == InstructionSet::kAvx2) return kernel_of<Avx2>(forward_avx2<T>);
+    return kernel_of<Baseline>(forward_baseline<T>);
+  }
+}
+
+// Joins the parts of the vocabulary for row m of a block, and writes the row's results.
+template <class T, class Scalar>
+void finish_row(const Head<T, Scalar>& head, const Panels& panels, int64_t first_row, int64_t m,
+                const Block* blocks, const Partial<Scalar>* partials, int64_t parts, Scalar* nll,
+                Scalar* lse, Scalar* stash) {
+  const int64_t row = head.kept[first_row + m], label = head.label[first_row + m];
+  double maximum = -std::numeric_limits<double>::infinity(), others = 0, target_logit = 0;
+  for (int64_t part = 0; part < parts; ++part) {
+    maximum = std::max<double>(maximum, partials[part].maximum[m]);
+    if (blocks[part].first_word <= label && label < blocks[part].last_word)
+      target_logit = partials[part].target_logit[m];
+  }
+  for (int64_t part = 0; part < parts; ++part)
+    others += partials[part].others[m] * std::exp(partials[part].maximum[m] - maximum);
+  // log(sum of exp) of the other words, less the target's logit: never log(1 + tiny) - 0.
+  const double margin = maximum - target_logit + std::log(others);
+  const double loss =
+      margin > 0 ? margin + std::log1p(std::exp(-margin)) : std::log1p(std::exp(margin));
+  nll[row] = static_cast<Scalar>(loss);
+  lse[row] = static_cast<Scalar>(target_logit + loss);
+  if (!stash) return;
+
+  const double capped = head.softcap > 0 ? target_logit / head.softcap : 0;
+  const Scalar target_scale = static_cast<Scalar>(std::expm1(-loss) * (1 - capped * capped));
+  const T* target_weight = head.weight + label * head.weight_stride;
+  Scalar* to = stash + row * head.depth;
+  for (int64_t d = 0; d < head.depth; ++d)
+    to[d] = target_scale * static_cast<Scalar>(target_weight[d]);
+  int64_t panel = 0;
+  while (panels.first(panel + 1) <= m) ++panel;
+  const int64_t columns = panels.width(panel), first = panels.first(panel);
+  for (int64_t part = 0; part < parts; ++part) {
+    const Scalar scale = static_cast<Scalar>(
+        std::exp(partials[part].maximum[m] - (target_logit + loss)));
+    const Scalar* from =
+        partials[part].sums.get() + round_up(head.depth, kGroup) * first + (m - first);
+    for (int64_t d = 0; d < head.depth; ++d) to[d] += scale * from[d * columns];
+  }
+}
+
+// A part of the work for each thread: rows are split while every block stays large enough to pay
+// for reading the weight, then the vocabulary.
+struct Partition {
+  int64_t row_blocks, parts;
+};
+
+Partition partition(int64_t rows, int64_t threads) {
+  if (rows >= threads * kRowsPerBlock / 2)
+    return {threads * divide_up(rows, threads * kRowsPerBlock), 1};
+  const int64_t row_blocks = divide_up(rows, kRowsPerBlock);
+  return {row_blocks, divide_up(threads, row_blocks)};
+}
+
+int64_t words_per_chunk(std::optional<int64_t> chunk_bytes, int64_t depth, int64_t element_bytes,
+                        int64_t logits_bytes_per_word, int64_t words) {
+  const int64_t wanted =
+      chunk_bytes ? *chunk_bytes / logits_bytes_per_word
+                  : std::max(kSmallestChunk, kPackedChunkBytes / std::max<int64_t>(
+                                                                     depth * element_bytes, 1));
+  const int64_t whole = wanted / kChunkMultiple * kChunkMultiple;
+  return std::clamp(whole, kChunkMultiple, round_up(words, kChunkMultiple));
+}
+
+template <class T, class Scalar>
+Head<T, Scalar> make_head(const Tensor& hidden, const Tensor& weight, const Tensor& target,
+                          const std::optional<Tensor>& bias, const std::optional<Tensor>& index,
+                          int64_t ignore_index, std::optional<double> softcap) {
+  Head<T, Scalar> head;
+  head.hidden = static_cast<const T*>(hidden.const_data_ptr());
+  head.hidden_stride = hidden.stride(0);
+  head.weight = static_cast<const T*>(weight.const_data_ptr());
+  head.weight_stride = weight.stride(0);
+  head.bias = bias ? static_cast<const Scalar*>(bias->const_data_ptr()) : nullptr;
+  head.depth = weight.size(1);
+  head.vocabulary = weight.size(0);
+  head.softcap = static_cast<Scalar>(softcap.value_or(0));
+  const auto* labels = static_cast<const int64_t*>(target.const_data_ptr());
+  const auto* sources = index ? static_cast<const int64_t*>(index->const_data_ptr()) : nullptr;
+  for (int64_t row = 0; row < target.numel(); ++row) {
+    if (labels[row] == ignore_index) continue;
+    STD_TORCH_CHECK(0 <= labels[row] && labels[row] < head.vocabulary, "target out of range");
+    const int64_t source = sources ? sources[row] : row;
+    STD_TORCH_CHECK(0 <= source && source < hidden.size(0), "index out of range");
+    head.kept.push_back(row);
+    head.source.push_back(source);
+    head.label.push_back(labels[row]);
+  }
+  return head;
+}
+
+template <class T, class Scalar>
+void forward(const Head<T, Scalar>& head, std::optional<int64_t> chunk_bytes, Scalar* nll,
+             Scalar* lse, Scalar* stash) {
+  const auto rows = static_cast<int64_t>(head.kept.size());
+  if (rows == 0) return;
+  const Kernel<T, Scalar> kernel = choose_kernel<T, Scalar>();
+  const Partition split = partition(rows, torch::stable::get_num_threads());
+  const int64_t words_per_part =
+      round_up(divide_up(head.vocabulary, split.parts), kChunkMultiple);
+  const int64_t parts = divide_up(head.vocabulary, words_per_part);  // none is empty
+  const int64_t chunk =
+      words_per_chunk(chunk_bytes, head.depth, kernel.element_bytes,
+                      kernel.widest_panel * static_cast<int64_t>(sizeof(Scalar)), words_per_part);
+
+  const auto first_row = [&](int64_t row_block) { return rows * row_block / split.row_blocks; };
+  std::vector<Block> blocks(split.row_blocks * parts);
+  std::vector<Partial<Scalar>> partials(blocks.size());
+  for (int64_t i = 0; i < static_cast<int64_t>(blocks.size()); ++i) {
+    const int64_t first = first_row(i / parts), word = i % parts * words_per_part;
+    blocks[i] = {first, first_row(i / parts + 1) - first, word,
+                 std::min(word + words_per_part, head.vocabulary), chunk};
+  }
+  const auto finish = [&](int64_t row_block, int64_t begin, int64_t end) {
+    const Panels panels = kernel.panels(blocks[row_block * parts].rows);
+    for (int64_t m = begin; m < end; ++m)
+      finish_row(head, panels, first_row(row_block), m, &blocks[row_block * parts],
+                 &partials[row_block * parts], parts, nll, lse, stash);
+  };
+  torch::stable::parallel_for(
+      0, static_cast<int64_t>(blocks.size()), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t columns = kernel.panels(blocks[i].rows).columns();
+          partials[i] = {allocate<Scalar>(columns), allocate<Scalar>(columns),
+                         allocate<Scalar>(columns),
+                         stash ? allocate<Scalar>(columns * round_up(head.depth, kGroup))
+                               : Buffer<Scalar>()};
+          kernel.forward(head, blocks[i], partials[i]);
+          if (parts > 1) continue;
+          finish(i, 0, blocks[i].rows);
+          partials[i] = {};
+        }
+      });
+  if (parts == 1) return;
+  for (int64_t row_block = 0; row_block < split.row_blocks; ++row_block)
+    torch::stable::parallel_for(
+        0, blocks[row_block * parts].rows, 16,
+        [&](int64_t begin, int64_t end) { finish(row_block, begin, end); });
+}
+
+void masked_linear_cross_entropy(Tensor hidden, Tensor weight, Tensor target,
+                                 std::optional<Tensor> bias, std::optional<Tensor> index,
+                                 int64_t ignore_index, std::optional<double> softcap,
+                                 std::optional<int64_t> chunk_bytes, Tensor nll, Tensor lse,
+                                 Tensor stash) {
+  const ScalarType dtype = hidden.scalar_type();
+  const ScalarType scalar = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  check_rows(hidden, "hidden", dtype);
+  check_rows(weight, "weight", dtype);
+  check_tensor(target, "target", ScalarType::Long, target.numel());
+  if (bias) check_tensor(*bias, "bias", scalar, weight.size(0));
+  if (index) check_tensor(*index, "index", ScalarType::Long, target.numel());
+  check_tensor(nll, "nll", scalar, target.numel());
+  check_tensor(lse, "lse", scalar, target.numel());
+  const bool need_stash = stash.dim() == 2;
+  if (need_stash) check_tensor(stash, "stash", scalar, target.numel() * weight.size(1));
+
+  const auto run = [&]<class T, class Scalar>(T, Scalar) {
+    auto* nll_data = static_cast<Scalar*>(nll.mutable_data_ptr());
+    auto* lse_data = static_cast<Scalar*>(lse.mutable_data_ptr());
+    auto* stash_data = need_stash ? static_cast<Scalar*>(stash.mutable_data_ptr()) : nullptr;
+    std::fill_n(nll_data, nll.numel(), Scalar{0});
+    std::fill_n(lse_data, lse.numel(), Scalar{0});
+    if (need_stash) std::fill_n(stash_data, stash.numel(), Scalar{0});
+    forward(make_head<T, Scalar>(hidden, weight, target, bias, index, ignore_index, softcap),
+            chunk_bytes, nll_data, lse_data, stash_data);
+  };
+  switch (dtype) {
+    case ScalarType::Float:
+      return run(float{}, float{});
+    case ScalarType::BFloat16:
+      return run(BFloat16{}, float{});
+    case ScalarType::Half:
+      return run(Half{}, float{});
+    default:
+      return run(double{}, double{});
+  }
+}
+
+}  // namespace
+}  // namespace memdlm
+
+STABLE_TORCH_LIBRARY_IMPL(memdlm_C, CPU, m) {
+  m.impl("masked_linear_cross_entropy", TORCH_BOX(&memdlm::masked_linear_cross_entropy));
+}
