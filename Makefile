@@ -4,9 +4,11 @@ PYTHON ?= python3
 WORKERS ?= 2
 ARGS ?=
 
-BIN := .venv/bin
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
-CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+# Tools run as modules: one that .venv shares with the Python around it has no script there.
+RUN := .venv/bin/python -m
+CLANG_FORMAT := .venv/bin/python -c 'from clang_format import clang_format; clang_format()'
+PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS)
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: setup demo test check format clean
 
@@ -14,22 +16,22 @@ setup:
 	@$(PYTHON) tools/bootstrap.py
 
 demo: setup
-	@$(BIN)/memdlm demo $(ARGS)
+	@.venv/bin/memdlm demo $(ARGS)
 
 test: setup
 	$(PYTEST) $(ARGS)
 
 check: setup
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(CPP)
-	$(BIN)/mypy
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(CLANG_FORMAT) --dry-run -Werror $(SOURCES)
+	$(RUN) mypy
 	$(PYTEST)
 
 format: setup
-	$(BIN)/ruff check --fix-only .
-	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CPP)
+	$(RUN) ruff check --fix-only .
+	$(RUN) ruff format .
+	$(CLANG_FORMAT) -i $(SOURCES)
 
 clean:
 	rm -rf .venv build dist

@@ -103,11 +103,13 @@ def torch_requirement() -> str:
     return f"torch=={TORCH_RELEASE}"
 
 
-def pip(*arguments: str) -> None:
-    command = [str(VENV / "bin/python"), "-m", "pip", "--disable-pip-version-check", *arguments]
+def pip_install(*arguments: str) -> None:
+    # --no-compile: of thousands of modules few are ever imported, and those are compiled then.
+    options = ["-qq", "--disable-pip-version-check", "--no-compile"]
+    command = [str(VENV / "bin/python"), "-m", "pip", "install", *options, *arguments]
     finished = subprocess.run(command, cwd=ROOT)
     if finished.returncode != 0:
-        sys.exit("setup: failed: pip " + " ".join(arguments[:1]) + ", see above")
+        sys.exit("setup: pip failed, see above")
 
 
 def digest(*parts: object) -> str:
@@ -119,6 +121,10 @@ def read_stamp() -> dict[str, str]:
         return {}
     stamp: dict[str, str] = json.loads(STAMP.read_text(encoding="utf-8"))
     return stamp
+
+
+def write_stamp(**stamp: str) -> None:
+    STAMP.write_text(json.dumps(stamp), encoding="utf-8")
 
 
 def main() -> None:
@@ -152,24 +158,25 @@ def main() -> None:
         if before.get("packages") != packages:
             torch = torch_requirement()
             say("installing the packages (a minute or two the first time)")
-            pip("install", "-q", "-c", str(CONSTRAINTS), torch, *requirements)
+            pip_install("-c", str(CONSTRAINTS), torch, *requirements)
+            write_stamp(packages=packages)
 
         native = sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
         native += [ROOT / "CMakeLists.txt", *sorted((ROOT / "tools").glob("*.py"))]
         build = digest(
             [(str(path.relative_to(ROOT)), path.read_bytes().hex()) for path in native],
             [pyproject["build-system"], project, pyproject["tool"]["scikit-build"]],
-            [str(venv_torch()), sys.version, str(ROOT)],
+            [str(venv_torch()), str(ROOT)],
         )
         if before.get("build") != build:
             say("building the C++ ops")
-            pip(
-                *("install", "-q", "--no-build-isolation", "--no-deps", "--editable", "."),
-                *("-C", "build-dir=build/editable"),
+            pip_install(
+                *("--no-build-isolation", "--no-deps", "--editable", "."),
+                *("--config-settings", "build-dir=build/editable"),
             )
 
         if before != {"packages": packages, "build": build}:
-            STAMP.write_text(json.dumps({"packages": packages, "build": build}), encoding="utf-8")
+            write_stamp(packages=packages, build=build)
             say(f"ready in {time.monotonic() - start:.0f} s")
 
 
