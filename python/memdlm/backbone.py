@@ -49,7 +49,7 @@ class Backbone:
 
     Args:
         model: a causal LM of one of `FAMILIES`, or a PEFT model of one.
-        boundary: the first half of the suffix, in [1, 2n]; None for 2n, no suffix at all.
+        boundary: the first half of the suffix, in [0, 2n]; None for 2n, no suffix at all.
 
     Raises:
         ValueError: a model of another family, one with sliding-window attention, or a head that is
@@ -75,8 +75,8 @@ class Backbone:
         self.layers: Any = self.decoder.layers
         self.half_count = 2 * len(self.layers)
         self.boundary = self.half_count if boundary is None else boundary
-        if not 1 <= self.boundary <= self.half_count:
-            raise ValueError(f"boundary must be in [1, {self.half_count}], got {boundary}")
+        if not 0 <= self.boundary <= self.half_count:
+            raise ValueError(f"boundary must be in [0, {self.half_count}], got {boundary}")
         self._head = base.get_output_embeddings()
         self.head()
 
@@ -299,7 +299,7 @@ def find_targets(
             f"{', '.join(kinds)}"
         )
     boundary = 2 * chosen.start + (0 if attention else 1)
-    return found, max(1, boundary)
+    return found, boundary
 
 
 def _projections(
