@@ -112,14 +112,13 @@ CLONES double sum_of_squares(const T* x, int64_t n) {
   return total;
 }
 
+// In double too, which costs no time beside the memory's: clipping a huge gradient takes a factor
+// too small for a float.
 template <class P, class G>
 CLONES void descend(P* __restrict__ param, const G* __restrict__ grad, double factor, int64_t n) {
-  using Common = std::conditional_t<std::is_same_v<G, double>, double, Work<P>>;
-  const Common step = static_cast<Common>(factor);
   for (int64_t i = 0; i < n; ++i) {
-    const Common update = step * static_cast<Common>(static_cast<Work<G>>(grad[i]));
-    const Common value = static_cast<Common>(static_cast<Work<P>>(param[i])) - update;
-    param[i] = static_cast<P>(static_cast<Work<P>>(value));
+    const double update = factor * static_cast<Work<G>>(grad[i]);
+    param[i] = static_cast<P>(static_cast<Work<P>>(static_cast<Work<P>>(param[i]) - update));
   }
 }
 

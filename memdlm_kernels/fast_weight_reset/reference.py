@@ -39,17 +39,19 @@ def _multiply(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:
 
 def fast_weight_reset(param: Tensor, segments: Tensor, bounds: Tensor, seed: Tensor) -> Tensor:
     """What fast_weight_reset_ writes into `param`."""
-    rows, columns = param.shape
+    columns = param.shape[1]
     work_dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
 
     counter = torch.arange((columns + 3) // 4, device=param.device)
-    word = philox_4x32_10(counter, seed[:, None]).reshape(rows, -1)[:, :columns]  # [S, T]
+    word = philox_4x32_10(counter, seed[:, None]).flatten(1)[:, :columns]  # [S, T]
     # 24 bits: u, 2u - 1 and the product's operands are exact in float32, so that one rounding, the
     # product's, is all there is, and every device makes the same numbers.
     uniform = (word >> 8).to(work_dtype) * 2.0**-24  # [0, 1)
 
     column = torch.arange(columns, device=param.device)
-    bound = bounds.to(work_dtype)[torch.searchsorted(segments[1:], column, right=True)]  # [T]
+    bound = bounds.to(work_dtype)[
+        torch.searchsorted(segments[1:].contiguous(), column, right=True)
+    ]  # [T]
     value = (2 * uniform - 1) * bound
     # A negative number times a zero bound is -0.0; the contract is 0.0.
     return torch.where(bound > 0, value, torch.zeros_like(value)).to(param.dtype)

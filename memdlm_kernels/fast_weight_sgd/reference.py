@@ -14,13 +14,12 @@ def fast_weight_sgd(
     loss: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The update as a function: (new param, norm, skipped); differentiable, as often as needed."""
-    double = torch.float64 in (param.dtype, grad.dtype)
-    work_dtype = torch.float64 if double else torch.float32
     norm_dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
     rows, columns = param.shape
 
     column = torch.arange(columns, device=param.device)
-    segment = torch.searchsorted(segments[1:], column, right=True).expand(rows, columns)  # [S, T]
+    segment = torch.searchsorted(segments[1:].contiguous(), column, right=True)  # [T]
+    segment = segment.expand(rows, columns)
     # A square in double neither overflows nor underflows, whatever the float32 gradient.
     square = torch.zeros(rows, segments.numel() - 1, dtype=torch.float64, device=param.device)
     square = square.scatter_add(1, segment, grad.double().square())  # [S, P]
@@ -37,7 +36,8 @@ def fast_weight_sgd(
     skipped = ~norm.isfinite().all(1)  # [S]
     if loss is not None:
         skipped = skipped | ~loss.isfinite()
-    updated = param.to(work_dtype) - factor.to(work_dtype) * grad.to(work_dtype)
+    # In double too: clipping a huge gradient takes a factor too small for float32.
+    updated = param.double() - factor * grad.double()
     return torch.where(skipped[:, None], param, updated.to(param.dtype)), norm, skipped
 
 

@@ -1,0 +1,278 @@
+import math
+import re
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from memdlm_kernels import _backends, fast_weight_sgd_
+from memdlm_kernels.fast_weight_sgd import reference
+from tests.kernels.truth import assert_as_accurate
+
+needs_library = pytest.mark.skipif(
+    _backends.library_missing is not None, reason=str(_backends.library_missing)
+)
+BACKENDS = [pytest.param("cpu", marks=needs_library), "reference"]
+CLIPS = ["tensor", "global", "none"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
+# Empty segments at the start, within and at the end; one longer than the kernel's block.
+SEGMENTS = torch.tensor([0, 0, 5, 5, 77, 900, 20_003, 20_003])
+LR, MAX_NORM = 0.1, 1.0
+
+
+def inputs(sets=3, segments=SEGMENTS, *, dtype=torch.float32, grad_dtype=None):
+    torch.manual_seed(0)
+    columns = int(segments[-1])
+    param = torch.randn(sets, columns).to(dtype)
+    # Norms on both sides of the bound.
+    grad = torch.randn(sets, columns) * torch.logspace(-3, 1, max(columns, 1))[:columns]
+    return param, grad.to(grad_dtype or dtype)
+
+
+def loop(param, grad, segments, lr, max_norm, clip):
+    """The update one tensor at a time, written from the paper and not from the reference."""
+    pieces = list(zip(segments.tolist(), segments.tolist()[1:], strict=False))
+    norm = torch.zeros(len(param), len(pieces), dtype=torch.float64)
+    for row in range(len(param)):
+        for p, (begin, end) in enumerate(pieces):
+            norm[row, p] = grad[row, begin:end].double().norm()
+        for p, (begin, end) in enumerate(pieces):
+            size = {"tensor": norm[row, p], "global": norm[row].norm(), "none": torch.tensor(0.0)}
+            scale = min(1.0, max_norm / max(size[clip].item(), 1e-300))
+            param[row, begin:end] -= lr * scale * grad[row, begin:end]
+    return norm
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_is_the_loop_over_tensors(backend, clip):
+    param, grad = inputs(dtype=torch.float64)
+    expected = param.clone()
+    expected_norm = loop(expected, grad, SEGMENTS, LR, MAX_NORM, clip)
+    before = grad.clone()
+    norm, skipped = fast_weight_sgd_(param, grad, SEGMENTS, LR, MAX_NORM, clip, backend=backend)
+    torch.testing.assert_close(param, expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(norm, expected_norm, rtol=1e-12, atol=0)
+    assert not skipped.any()
+    assert torch.equal(grad, before)
+
+
+@needs_library
+@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("grad_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_matches_truth(dtype, grad_dtype, clip):
+    param, grad = inputs(dtype=dtype, grad_dtype=grad_dtype)
+    actual, expected, truth = param.clone(), param.clone(), param.double()
+    args = (SEGMENTS, LR, MAX_NORM, clip)
+    norm, skipped = fast_weight_sgd_(actual, grad, *args, backend="cpu")
+    expected_norm, expected_skipped = fast_weight_sgd_(expected, grad, *args, backend="reference")
+    true_norm, _ = fast_weight_sgd_(truth, grad.double(), *args, backend="reference")
+    assert torch.equal(skipped, expected_skipped)
+    # In float64 the reference is the truth, and its own sum of squares has some rounding.
+    if dtype == torch.float64:
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
+    else:
+        assert_as_accurate("param", actual, truth, expected)
+    if grad_dtype == torch.float64:
+        torch.testing.assert_close(norm, expected_norm, rtol=1e-12, atol=0)
+    else:
+        assert_as_accurate("norm", norm, true_norm, expected_norm)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_non_finite_row_is_left_bit_for_bit(backend, clip, bad):
+    param, grad = inputs(4)
+    grad[1, 6] = bad
+    loss = torch.tensor([0.5, 1.0, bad, 2.0])
+    param[1, 3] = math.nan  # kept as it is, payload and all
+    param[2, 4] = -0.0
+    before = param.clone()
+    args = (SEGMENTS, LR, MAX_NORM, clip)
+    norm, skipped = fast_weight_sgd_(param, grad, *args, loss, backend=backend)
+    assert skipped.tolist() == [False, True, True, False]
+    assert torch.equal(param[1:3].view(torch.int32), before[1:3].view(torch.int32))
+    assert not norm[1, 3].isfinite()
+    assert norm[[0, 2, 3]].isfinite().all()
+    # The other rows are what they would be without their bad neighbours.
+    alone, good = before[[0, 3]], grad[[0, 3]]
+    fast_weight_sgd_(alone, good, *args, backend=backend)
+    assert torch.equal(param[[0, 3]], alone)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_squares_neither_overflow_nor_underflow(backend):
+    segments = torch.tensor([0, 4, 8])
+    grad = torch.cat((torch.full((1, 4), 1e30), torch.full((1, 4), 1e-30)), 1)
+    param = torch.zeros(1, 8)
+    # The factor of the first segment, 5e-66, is no float32 either.
+    norm, skipped = fast_weight_sgd_(param, grad, segments, 1.0, 1e-35, backend=backend)
+    torch.testing.assert_close(norm, torch.tensor([[2e30, 2e-30]]))
+    assert not skipped.any()
+    torch.testing.assert_close(param, torch.full((1, 8), -0.5e-35), atol=0, rtol=1e-5)
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_zero_gradient_changes_nothing(backend, clip):
+    """The first step's dA is exactly zero."""
+    param, grad = inputs()
+    before = param.clone()
+    norm, skipped = fast_weight_sgd_(
+        param, torch.zeros_like(grad), SEGMENTS, LR, MAX_NORM, clip, backend=backend
+    )
+    assert torch.equal(param, before)
+    assert not norm.any()
+    assert not skipped.any()
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_infinite_max_norm_does_not_clip(backend, clip):
+    param, grad = inputs()
+    expected = param - LR * grad
+    fast_weight_sgd_(param, grad, SEGMENTS, LR, math.inf, clip, backend=backend)
+    torch.testing.assert_close(param, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("sets", "segments"), [(0, [0, 3]), (2, [0]), (2, [0, 0, 0]), (1, [0, 1])])
+def test_small_shapes(backend, sets, segments):
+    segments = torch.tensor(segments)
+    param, grad = inputs(sets, segments)
+    expected = param - LR * grad
+    norm, skipped = fast_weight_sgd_(param, grad, segments, LR, 1e9, backend=backend)
+    torch.testing.assert_close(param, expected)
+    assert norm.shape == (sets, len(segments) - 1)
+    assert skipped.tolist() == [False] * sets
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strides(backend):
+    """Rows of a wider buffer, columns apart; expanded and transposed gradients; sliced tables."""
+    segments = torch.tensor([0, 9, 3, 9, 7, 9])[::2]
+    wide = torch.randn(3, 20)
+    grads = (torch.randn(7, 3).T, torch.randn(7).expand(3, 7), torch.randn(3, 14)[:, ::2])
+    for param in (wide[:, 5:12], wide[:, 3:17:2], torch.randn(7, 3).T):
+        for grad in grads:
+            base, expected = param._base, param.clone(memory_format=torch.contiguous_format)
+            loop(expected, grad, segments, LR, MAX_NORM, "tensor")
+            outside = base.sum() - param.sum()
+            fast_weight_sgd_(param, grad, segments, LR, MAX_NORM, backend=backend)
+            torch.testing.assert_close(param, expected)
+            torch.testing.assert_close(base.sum() - param.sum(), outside)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_leaf_that_requires_grad(backend):
+    param, grad = inputs()
+    param.requires_grad_()
+    kept = param.square().sum()
+    fast_weight_sgd_(param, grad, SEGMENTS, LR, MAX_NORM, backend=backend)
+    assert param.is_leaf
+    assert param.requires_grad
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        kept.backward()
+
+
+@needs_library
+def test_same_bits_whatever_the_threads():
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            param, grad = inputs()
+            norm, _ = fast_weight_sgd_(param, grad, SEGMENTS, LR, MAX_NORM, backend="cpu")
+            results.append((param, norm))
+    finally:
+        torch.set_num_threads(threads)
+    for param, norm in results[1:]:
+        assert torch.equal(param, results[0][0])
+        assert torch.equal(norm, results[0][1])
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+def test_reference_gradcheck(clip):
+    """The reference as a function is what the exact meta-gradient differentiates through."""
+    torch.manual_seed(0)
+    segments = torch.tensor([0, 2, 2, 5, 7])
+    param = torch.randn(2, 7, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(2, 7, dtype=torch.float64)
+    grad[:, :2] *= 0.1  # not clipped
+    grad.requires_grad_()
+
+    def function(param, grad):
+        return reference.fast_weight_sgd(param, grad, segments, LR, 1.5, clip, None)[:2]
+
+    assert torch.autograd.gradcheck(function, (param, grad))
+    assert torch.autograd.gradgradcheck(function, (param, grad))
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+def test_reference_derivative_at_zero_gradient(clip):
+    segments = torch.tensor([0, 2, 4])
+    param, grad = torch.zeros(1, 4), torch.zeros(1, 4, requires_grad=True)
+    updated, _, _ = reference.fast_weight_sgd(param, grad, segments, LR, 1.0, clip, None)
+    (slope,) = torch.autograd.grad(updated.sum(), grad)
+    torch.testing.assert_close(slope, torch.full((1, 4), -LR))
+
+
+@needs_library
+@pytest.mark.parametrize("loss", [None, torch.tensor([1.0, math.nan, 2.0])])
+def test_opcheck(loss):
+    param, grad = inputs(dtype=torch.bfloat16, grad_dtype=torch.float32)
+    args = (param, grad, SEGMENTS, LR, MAX_NORM, "tensor", loss, "cpu")
+    opcheck(torch.ops.memdlm.fast_weight_sgd_.default, args)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiles_whole(backend):
+    def step(param, grad, loss):
+        norm, skipped = fast_weight_sgd_(
+            param, grad, SEGMENTS, LR, MAX_NORM, loss=loss, backend=backend
+        )
+        return norm, skipped, param.sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    loss = torch.tensor([1.0, math.nan, 2.0])
+    for requires_grad in (False, True):
+        param, grad = inputs()
+        eager = param.clone().requires_grad_(requires_grad)
+        param.requires_grad_(requires_grad)
+        torch.testing.assert_close(compiled(param, grad, loss), step(eager, grad, loss))
+        torch.testing.assert_close(param, eager)
+
+
+BAD = {
+    "param must be a floating-point tensor [S, T]": dict(param=torch.zeros(9)),
+    "param is written in place and must not be expanded": dict(param=torch.zeros(9).expand(2, 9)),
+    "grad must be floating-point of param's shape [2, 9]": dict(grad=torch.zeros(2, 8)),
+    "grad must be on param's device": dict(grad=torch.zeros(2, 9, device="meta")),
+    "segments must be an int64 tensor [P + 1]": dict(segments=torch.tensor([0.0, 9.0])),
+    "segments must be on cpu": dict(segments=torch.zeros(2, dtype=torch.int64, device="meta")),
+    "segments must start at 0 and end at T = 9, got 0 and 8": dict(segments=torch.tensor([0, 8])),
+    "segments must ascend": dict(segments=torch.tensor([0, 5, 3, 9])),
+    "lr must be finite": dict(lr=math.nan),
+    "max_norm must be above 0": dict(max_norm=0.0),
+    "clip must be 'tensor', 'global' or 'none'": dict(clip="layer"),
+    "loss must be floating-point [S] = [2]": dict(loss=torch.tensor(1.0)),
+    "loss must be on param's device": dict(loss=torch.zeros(2, device="meta")),
+    "backend must be None or one of": dict(backend="triton"),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input(message):
+    good = dict(
+        param=torch.zeros(2, 9),
+        grad=torch.ones(2, 9),
+        segments=torch.tensor([0, 4, 9]),
+        lr=0.1,
+        max_norm=1.0,
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        fast_weight_sgd_(**{**good, **BAD[message]})
+    assert not good["param"].any()
