@@ -5,6 +5,7 @@ V vocabulary, D hidden, R rank, S sets of fast weights (1, or one for each seque
 P fast-weight tensors, T fast-weight elements in one set.
 """
 
+from memdlm_kernels._build import build_info
 from memdlm_kernels.fast_weight_reset import fast_weight_reset_
 from memdlm_kernels.fast_weight_sgd import fast_weight_sgd_
 from memdlm_kernels.lora_linear import lora_linear
@@ -12,6 +13,7 @@ from memdlm_kernels.masked_cross_entropy import masked_cross_entropy
 from memdlm_kernels.masked_linear_cross_entropy import masked_linear_cross_entropy
 
 __all__ = [
+    "build_info",
     "fast_weight_reset_",
     "fast_weight_sgd_",
     "lora_linear",

@@ -1,0 +1,27 @@
+import sys
+
+import pytest
+
+import memdlm_kernels
+from memdlm_kernels import _backends, _build
+
+FACTS = {"version", "torch_version", "torch_abi", "compiler", "cuda", "cuda_architectures"}
+
+
+@pytest.mark.skipif(_backends.library_missing is not None, reason=str(_backends.library_missing))
+def test_built():
+    pytest.importorskip("memdlm_kernels._build_info")
+    info = memdlm_kernels.build_info()
+    assert set(info) == FACTS | {"built", "missing"}
+    assert info["built"] is True
+    assert info["missing"] is None
+    assert info["cuda"] in (True, False)
+    assert info["torch_abi"] == "2.11"
+
+
+def test_not_built(monkeypatch):
+    reason = "the compiled extension is not built"
+    monkeypatch.setattr(_build, "library_missing", reason)
+    monkeypatch.setitem(sys.modules, "memdlm_kernels._build_info", None)
+    info = memdlm_kernels.build_info()
+    assert info == {"built": False, "missing": reason, **dict.fromkeys(FACTS)}
