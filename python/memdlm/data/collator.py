@@ -4,7 +4,7 @@ The device then never has to count or search: every shape is known before the st
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -239,7 +239,7 @@ class MaskCollator:
                 self.diffusion.time_epsilon,
             )
             priority[b, :own_length] = torch.from_numpy(own_priority)
-        scale = torch.tensor([_data_weight(f) for f in features], dtype=torch.float64)
+        scale = torch.tensor([data_weight(f) for f in features], dtype=torch.float64)
 
         schedule = SCHEDULES[self.diffusion.schedule]
         maskable = labels != IGNORE_INDEX
@@ -289,14 +289,25 @@ class MaskCollator:
         for b, (feature, length) in enumerate(zip(features, lengths, strict=True)):
             own_ids = torch.as_tensor(feature["input_ids"], dtype=torch.int64)
             own_labels = torch.as_tensor(feature["labels"], dtype=torch.int64)
-            _check_example(own_ids, own_labels, feature["example"], self.vocab_size)
+            check_example(own_ids, own_labels, feature["example"], self.vocab_size)
             ids[b, :length] = own_ids
             labels[b, :length] = own_labels
             visible[b, :length] = True
         return ids, labels, visible
 
 
-def _check_example(ids: Tensor, labels: Tensor, example: int, vocab_size: int) -> None:
+def check_example(ids: Tensor, labels: Tensor, example: int, vocab_size: int) -> None:
+    """Check that an example can be masked.
+
+    Args:
+        ids: [L] int64.
+        labels: [L] int64, each -100 or the token itself.
+        example: its number, for the message.
+        vocab_size: V.
+
+    Raises:
+        ValueError: lengths that differ, an id outside the vocabulary, labels that disagree.
+    """
     if ids.shape != labels.shape:
         raise ValueError(
             f"labels must have the length of input_ids, got {len(labels)} and {len(ids)} "
@@ -316,7 +327,15 @@ def _check_example(ids: Tensor, labels: Tensor, example: int, vocab_size: int) -
         )
 
 
-def _data_weight(feature: dict[str, Any]) -> float:
+def data_weight(feature: Mapping[str, Any]) -> float:
+    """The number that multiplies an example's loss: its `weight`, or 1.
+
+    Args:
+        feature: with `example`, its number, for the message.
+
+    Raises:
+        ValueError: not a finite number of at least 0.
+    """
     weight = float(feature.get("weight", 1.0))
     if not math.isfinite(weight) or weight < 0:
         raise ValueError(
