@@ -1,0 +1,125 @@
+"""The command line: `memdlm COMMAND --key value`. A mistake is one line on stderr and exit 2."""
+
+import dataclasses
+import inspect
+import json
+import logging
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any
+
+HELP = ("-h", "--help")
+
+
+def train(words: Sequence[str]) -> None:
+    """Train a masked diffusion language model, with the memory or without."""
+    # Imported late: `memdlm --help` answers at once.
+    from memdlm.key_values import read_command_line, read_yaml
+    from memdlm.options import key_hints, make_run
+
+    if any(word in HELP for word in words):
+        print(train_help())
+        return
+    hints = key_hints()
+    given = read_command_line(words, hints | {"config": str})
+    config = given.pop("config", None)
+    run = make_run((read_yaml(config) if config else {}) | given)
+
+    from memdlm.training import train as train_run
+
+    metrics = train_run(run)
+    if metrics:
+        print(json.dumps(metrics, indent=2))
+
+
+# A command is a function of the words after its name, and a line here.
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": train,
+}
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        words: after the program's name; None for the process's own.
+
+    Returns:
+        0, or 2 after bad input, which is told on stderr.
+    """
+    words = sys.argv[1:] if words is None else words
+    if not words or words[0] in HELP:
+        print(_commands_help())
+        return 0 if words else 2
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        if words[0] not in COMMANDS:
+            raise ValueError(f"command must be one of {', '.join(COMMANDS)}, got {words[0]!r}")
+        COMMANDS[words[0]](words[1:])
+    except ValueError as error:
+        message = " ".join(str(error).split())
+        print(f"memdlm: error: {message}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _commands_help() -> str:
+    lines = [f"  {name:<8} {inspect.getdoc(command)}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        ["usage: memdlm COMMAND ...", "", *lines, "", "memdlm COMMAND --help tells its options."]
+    )
+
+
+def train_help() -> str:
+    """Every key of `memdlm train`, with its type, default and meaning."""
+    from transformers import TrainingArguments
+
+    from memdlm.config import DiffusionConfig, MemoryConfig
+    from memdlm.key_values import describe
+    from memdlm.options import RunOptions, key_defaults, key_hints
+
+    hints, defaults = key_hints(), key_defaults()
+    sections: list[tuple[str, dict[str, str]]] = [
+        ("Model, data and outer adapter", _meanings(RunOptions)),
+        ("Noise and outer loss", _meanings(DiffusionConfig)),
+        ("Memory (objective memdlm)", _meanings(MemoryConfig)),
+    ]
+    own = set().union(*(meanings for _, meanings in sections))
+    arguments = {
+        field.name: str(field.metadata.get("help", ""))
+        for field in dataclasses.fields(TrainingArguments)
+        if field.name in hints and field.name not in own
+    }
+    sections.append(("The Trainer (transformers.TrainingArguments)", arguments))
+    lines = [
+        "usage: memdlm train [--config run.yaml] [--key value ...]",
+        "",
+        "Keys of the YAML file and of the command line are the same; the command line wins.",
+    ]
+    for title, meanings in sections:
+        lines += ["", title]
+        for name, meaning in meanings.items():
+            default = f"default {_yaml(defaults[name])}" if name in defaults else "required"
+            lines.append(f"  --{name}: {describe(hints[name])} ({default})")
+            lines += textwrap.wrap(meaning, 96, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)
+
+
+def _meanings(kind: type[Any]) -> dict[str, str]:
+    """Field name to meaning, from the `Attributes:` of a config class."""
+    section = (inspect.getdoc(kind) or "").partition("Attributes:\n")[2].partition("\n\n")[0]
+    entries = re.split(r"^    (\w+): ", section, flags=re.MULTILINE)
+    meanings = zip(entries[1::2], entries[2::2], strict=True)
+    return {name: " ".join(text.split()) for name, text in meanings}
+
+
+def _yaml(value: Any) -> str:
+    plain = getattr(value, "value", value)
+    return plain if isinstance(plain, str) and plain else json.dumps(plain)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
