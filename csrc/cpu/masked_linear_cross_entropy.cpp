@@ -59,9 +59,7 @@ struct Fused {
   static constexpr int kPair = 1;
   typedef typename VectorOf<Scalar, kBytes>::type Vector;
 
-  static MEMDLM_INLINE void multiply_add(Vector& sum, const Element& a, const Vector& b) {
-    sum += a * b;
-  }
+  static MEMDLM_INLINE void multiply_add(Vector& sum, Element a, const Vector& b) { sum += a * b; }
 };
 
 struct PairsOfBFloat16 {
@@ -72,11 +70,13 @@ struct PairsOfBFloat16 {
   static constexpr int kPair = 2;
   typedef VectorOf<float, 64>::type Vector;
 
-  static MEMDLM_INLINE void multiply_add(Vector& sum, const Element& a, const Vector& b) {
+  static MEMDLM_INLINE void multiply_add(Vector& sum, Element a, const Vector& b) {
 #if defined(__x86_64__)
     const VectorOf<uint32_t, 64>::type pair = VectorOf<uint32_t, 64>::type{} + a;
     // Not the intrinsic: it cannot be inlined through a template without the target attribute.
-    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(b), "v"(pair));
+    Vector result = sum;  // an operand of its own: through a reference the sums leave the registers
+    asm("vdpbf16ps %2, %1, %0" : "+v"(result) : "v"(b), "v"(pair));
+    sum = result;
 #endif
   }
 };
