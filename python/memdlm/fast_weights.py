@@ -49,6 +49,7 @@ class FastWeights:
         self._offsets: list[int] = sizes.cumsum(0).tolist()
         self._bounds = bounds
         self._read: Sequence[Sequence[Tensor]] | None = None
+        self._writes = 0
         self._allocate(1, self._device())
         self._handles = [
             module.register_forward_hook(_Hook(self, index))
@@ -108,6 +109,7 @@ class FastWeights:
         seeds = seeds[:1] if self.config.scope == "batch" else seeds
         if len(seeds) != len(self.param) or self.param.device != self._device():
             self._allocate(len(seeds), self._device())
+        self._writes += 1
         fast_weight_reset_(self.param, self.segments, self.bounds, seeds)
 
     def step(self, gradients: Sequence[Tensor], loss: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,6 +123,7 @@ class FastWeights:
             Gradient norms before clipping [S, P], and which sets were skipped [S] bool.
         """
         config = self.config
+        self._writes += 1
         torch._foreach_copy_(self._grad_views, list(gradients))
         return fast_weight_sgd_(
             self.param,
@@ -140,8 +143,11 @@ class FastWeights:
 
         Returns:
             A context that can be entered again and again, also while backward recomputes a layer.
+            Entering one of constants raises RuntimeError after they were written again.
         """
-        return _Reading(self, self._grouped(self._leaves if trainable else self._frozen))
+        if trainable:
+            return _Reading(self, self._grouped(self._leaves), None)
+        return _Reading(self, self._grouped(self._frozen), self._writes)
 
     def _grouped(self, tensors: list[Tensor]) -> list[tuple[Tensor, ...]]:
         size = self.tensors_per_module
@@ -154,12 +160,21 @@ class FastWeights:
 
 
 class _Reading(contextlib.AbstractContextManager[None]):
-    def __init__(self, store: FastWeights, tensors: list[tuple[Tensor, ...]]) -> None:
+    def __init__(
+        self, store: FastWeights, tensors: list[tuple[Tensor, ...]], writes: int | None
+    ) -> None:
         self._store = store
         self._tensors = tensors
+        self._writes = writes
         self._outer: list[Any] = []
 
     def __enter__(self) -> None:
+        # A layer that is recomputed in backward would read another batch's memory, and say nothing.
+        if self._writes is not None and self._writes != self._store._writes:
+            raise RuntimeError(
+                "the fast weights were written again before a backward pass that reads them: call "
+                "backward before the next batch's forward"
+            )
         self._outer.append(self._store._read)
         self._store._read = self._tensors
 
