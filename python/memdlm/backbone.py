@@ -283,7 +283,8 @@ def find_targets(
         forward pass; inside a PEFT layer it is the base layer. And the boundary for `Backbone`.
 
     Raises:
-        ValueError: no layer or no module matches; says what was looked for and what there is.
+        ValueError: a layer lacks one of the target's modules, under the name looked for; says what
+            was looked for and what there is.
     """
     backbone = Backbone(model)
     layers = backbone.layers
@@ -291,12 +292,14 @@ def find_targets(
     attention = ATTENTION_PROJECTIONS if target == "ffn+attention" else ()
     wanted = [("self_attn", name) for name in attention] + [("mlp", n) for n in FFN_PROJECTIONS]
     found = dict(_projections(layers, chosen, wanted))
-    if not found:
+    names = [f"{index}.{parent}.{name}" for index in chosen for parent, name in wanted]
+    missing = [name for name in names if name not in found]
+    if missing or not found:
         kinds = sorted({name for name, _ in layers[-1].named_modules() if name})
         raise ValueError(
-            f"no module matches target {target!r} in layers {list(chosen)}: looked for "
-            f"{', '.join(f'{parent}.{name}' for parent, name in wanted)}; a layer has "
-            f"{', '.join(kinds)}"
+            f"no linear layer for target {target!r} in layers {list(chosen)}: looked for "
+            f"{', '.join(f'{parent}.{name}' for parent, name in wanted)}, not found "
+            f"{', '.join(missing)}; a layer has {', '.join(kinds)}"
         )
     boundary = 2 * chosen.start + (0 if attention else 1)
     return found, boundary
