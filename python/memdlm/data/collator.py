@@ -6,6 +6,7 @@ The device then never has to count or search: every shape is known before the st
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, TypedDict
 
 import numpy as np
@@ -178,9 +179,11 @@ class MaskCollator:
         seed: the run's seed; with an example's `epoch` and `example` it decides every draw.
         pad_to_multiple_of: round L up to a multiple of this.
         max_padding: pad to this length always, None for the longest of the batch.
+        anchor_ratio: mask tokens with this probability instead of one from a drawn time; in (0, 1].
+            For a memory that is written from prompts: 0.2, with `loss_weight` "uniform".
 
     Raises:
-        ValueError: an id outside the vocabulary.
+        ValueError: an id outside the vocabulary, a ratio outside (0, 1].
     """
 
     mask_token_id: int
@@ -191,6 +194,7 @@ class MaskCollator:
     seed: int = 0
     pad_to_multiple_of: int = 1
     max_padding: int | None = None
+    anchor_ratio: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("mask_token_id", "pad_token_id"):
@@ -199,6 +203,8 @@ class MaskCollator:
                 raise ValueError(
                     f"{name} must be a token id in [0, vocab_size = {self.vocab_size}), got {value}"
                 )
+        if self.anchor_ratio is not None and not 0 < self.anchor_ratio <= 1:
+            raise ValueError(f"anchor_ratio must be in (0, 1], got {self.anchor_ratio}")
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
         if self.pad_to_multiple_of < 1:
@@ -242,6 +248,8 @@ class MaskCollator:
         scale = torch.tensor([data_weight(f) for f in features], dtype=torch.float64)
 
         schedule = SCHEDULES[self.diffusion.schedule]
+        if self.anchor_ratio is not None:
+            time = schedule.time_at(torch.full_like(time, self.anchor_ratio))
         maskable = labels != IGNORE_INDEX
         maskable_count = maskable.sum(1)
         anchor = anchor_mask(priority, maskable, schedule.mask_probability(time))
@@ -336,10 +344,10 @@ def data_weight(feature: Mapping[str, Any]) -> float:
     Raises:
         ValueError: not a finite number of at least 0.
     """
-    weight = float(feature.get("weight", 1.0))
-    if not math.isfinite(weight) or weight < 0:
+    weight = feature.get("weight", 1.0)
+    if not isinstance(weight, Real) or not math.isfinite(weight) or weight < 0:
         raise ValueError(
-            f"weight must be a finite number, at least 0, got {weight} in example "
+            f"weight must be a finite number, at least 0, got {weight!r} in example "
             f"{feature['example']}"
         )
-    return weight
+    return float(weight)
