@@ -116,14 +116,17 @@ class MemDLMTrainer(Trainer):
         self, batch_samples: list[dict[str, Any]], device: torch.device
     ) -> int:
         """The outer normaliser of the accumulated batch, over all processes if they average."""
-        own = self._normalizer([batch["host_counts"] for batch in batch_samples])
+        own = self._count([batch["host_counts"] for batch in batch_samples])
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            return int(self.accelerator.reduce(torch.tensor(own, device=device), "sum"))
-        return own
+            own = int(self.accelerator.reduce(torch.tensor(own, device=device), "sum"))
+        return max(1, own)
 
-    def _normalizer(self, counts: Sequence[Sequence[int]]) -> int:
+    def _count(self, counts: Sequence[Sequence[int]]) -> int:
+        """The normaliser of these rows; 0 for none, so that shares of it can be added."""
+        norm = self.collator.diffusion.loss_norm
         flat = torch.tensor([count for batch in counts for count in batch])
-        return outer_normalizer(self.collator.diffusion.loss_norm, flat)
+        empty = not flat.any() if norm == "token" else not len(flat)
+        return 0 if empty else outer_normalizer(norm, flat)
 
     def compute_loss(
         self,
@@ -177,11 +180,11 @@ class MemDLMTrainer(Trainer):
         prefix = kwargs.get("metric_key_prefix", "eval")
         sums = torch.stack([torch.stack(losses) for _, losses in self._measured]).double().sum(0)
         counts = [count for count, _ in self._measured]
-        total = torch.cat([sums, sums.new_tensor([self._normalizer(counts)])])
+        total = torch.cat([sums, sums.new_tensor([self._count(counts)])])
         *losses, normalizer = self.accelerator.reduce(total, "sum").tolist()
         names = (f"{prefix}_loss", f"{prefix}_loss_with_memory")
         for name, loss in zip(names, losses, strict=False):
-            output.metrics[name] = loss / normalizer
+            output.metrics[name] = loss / max(1, normalizer)
         self._measured = []
         return output
 
