@@ -18,7 +18,11 @@ EVEN = ((10, 3), (10, 0), (10, 9))
 
 
 def make_model(family="llama", layers=4, tied=False, dtype=torch.float64, **options):
-    """A causal LM as Hugging Face makes it, with weights (norms too) far from their start."""
+    """A causal LM as Hugging Face makes it, with weights (norms too) far from their start.
+
+    In float64 its norms compute in float64 as well: Hugging Face's round to float32 inside, where a
+    difference of 1e-16 may become one of 1e-8.
+    """
     config = CONFIGS[family](
         vocab_size=VOCABULARY,
         hidden_size=32,
@@ -33,6 +37,12 @@ def make_model(family="llama", layers=4, tied=False, dtype=torch.float64, **opti
         **options,
     )
     model = AutoModelForCausalLM.from_config(config).to(dtype)
+    if dtype == torch.float64:
+        norms = [name for name, module in model.named_modules() if "RMSNorm" in repr(type(module))]
+        for name in norms:
+            old = model.get_submodule(name)
+            new = torch.nn.RMSNorm(old.weight.shape, old.variance_epsilon, dtype=dtype)
+            model.set_submodule(name, new)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
