@@ -1,5 +1,6 @@
-// A low-rank update folded into the output of a frozen layer: library GEMMs only, each with the
-// scale and the addition in its epilogue, so that no pass over [rows, out] is left to write.
+// A low-rank update folded into the output of a frozen layer: library GEMMs only. The addition is
+// in the epilogue of the last one, and the scale in that of the products with R columns, where it
+// costs nothing, so that no pass over [rows, out] is left to write.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -32,7 +33,8 @@ void check_gemm_operand(const Tensor& tensor, const char* name, const Tensor& li
   STD_TORCH_CHECK(tensor.dim() == like.dim(), name, " must have x's dimensions");
 }
 
-// x [(S,) L, in], base and out [(S,) L, out], A [(S,) R, in], B [(S,) out, R], shrink [(S,) L, R].
+// x [(S,) L, in], base and out [(S,) L, out], A [(S,) R, in], B [(S,) out, R]; shrink
+// [(S,) L, R] becomes scale * x Aᵀ.
 void lora_linear(const Tensor& x, const Tensor& base, const Tensor& A, const Tensor& B,
                  double scale, const Tensor& out, const Tensor& shrink) {
   check_gemm_operand(base, "base", x);
@@ -40,8 +42,8 @@ void lora_linear(const Tensor& x, const Tensor& base, const Tensor& A, const Ten
   check_gemm_operand(B, "B", x);
   check_gemm_operand(out, "out", x);
   check_gemm_operand(shrink, "shrink", x);
-  multiply(shrink, 0, shrink, 1, x, transposed(A));
-  multiply(out, 1, base, scale, shrink, transposed(B));
+  multiply(shrink, 0, shrink, scale, x, transposed(A));
+  multiply(out, 1, base, 1, shrink, transposed(B));
 }
 
 // A gradient is computed where its tensor is given; grad_shrink [(S,) L, R] is scratch.
@@ -57,7 +59,7 @@ void lora_linear_backward(const Tensor& grad_out, const std::optional<Tensor>& x
   if (grad_x || grad_A) multiply(grad_shrink, 0, grad_shrink, scale, grad_out, B);
   if (grad_x) multiply(*grad_x, 0, *grad_x, 1, grad_shrink, A);
   if (grad_A) multiply(*grad_A, 0, *grad_A, 1, transposed(grad_shrink), *x);
-  if (grad_B) multiply(*grad_B, 0, *grad_B, scale, transposed(grad_out), *shrink);
+  if (grad_B) multiply(*grad_B, 0, *grad_B, 1, transposed(grad_out), *shrink);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(memdlm_C, CPU, m) {

@@ -127,7 +127,7 @@ def _forward(
     need_grad_B: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """(out [..., out], shrink [..., R] = x Aᵀ: empty where grad_B is not needed)."""
+    """(out [..., out], shrink [..., R] = scale * x Aᵀ: empty where grad_B is not needed)."""
     out, shrink = _FORWARD[backend](x, base, A, B, scale)
     return out, shrink if need_grad_B else shrink.new_empty(0)
 
@@ -159,9 +159,9 @@ def _backward(
     need_grad_x: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(grad_x, grad_A, grad_B); x is given where grad_A is needed, shrink where grad_B is.
+    """(grad_x, grad_A, grad_B): empty where not needed.
 
-    What is not needed is an empty tensor.
+    x is given where grad_A is needed, shrink (scale * x Aᵀ) where grad_B is.
     """
     return _BACKWARD[backend](grad_out, x, shrink, A, B, scale, need_grad_x)
 
