@@ -68,6 +68,7 @@ def test_import_is_lean() -> None:
     assert loaded == set()
 
 
+@pytest.mark.slow
 def test_wheel_from_sdist(tmp_path: Path) -> None:
     """Built as a user builds it, installed where nothing but torch is, and used."""
     build_sdist = f"import build_backend; build_backend.build_sdist({str(tmp_path)!r})"
