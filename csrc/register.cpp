@@ -18,5 +18,16 @@ STABLE_TORCH_LIBRARY(memdlm_C, m) {
   m.def(
       "masked_linear_cross_entropy(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, "
       "Tensor? index, int ignore_index, float? softcap, int? chunk_bytes, Tensor(a!) nll, "
-      "Tensor(b!) lse, Tensor(c!) stash) -> ()");
+      "Tensor(b!) lse, Tensor(c!)? stash) -> ()");
+  m.def(
+      "masked_linear_cross_entropy_backward(Tensor grad_nll, Tensor hidden, Tensor weight, "
+      "Tensor target, Tensor? bias, Tensor? index, Tensor nll, Tensor lse, int ignore_index, "
+      "float? softcap, int? chunk_bytes, Tensor(a!)? grad_rows, Tensor(b!)? grad_weight, "
+      "Tensor(c!)? grad_bias) -> ()");
+  m.def(
+      "masked_cross_entropy(Tensor logits, Tensor target, int ignore_index, float? softcap, "
+      "Tensor(a!) nll, Tensor(b!) lse) -> ()");
+  m.def(
+      "masked_cross_entropy_backward(Tensor grad_nll, Tensor logits, Tensor target, Tensor nll, "
+      "Tensor lse, int ignore_index, float? softcap, Tensor(a!) grad_logits) -> ()");
 }

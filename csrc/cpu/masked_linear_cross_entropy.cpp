@@ -26,6 +26,7 @@
 
 #include "check.h"
 #include "cpu/instruction_set.h"
+#include "cpu/nll.h"
 #include "cpu/vector.h"
 
 namespace memdlm {
@@ -36,12 +37,13 @@ using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kGroup = 8;         // packed operands come in groups of 8 rows by 8 steps
+constexpr int64_t kGroup = 8;           // packed operands come in groups of 8 rows by 8 steps
 constexpr int64_t kChunkMultiple = 16;  // words of the vocabulary: a group of 8 pairs
 constexpr int64_t kPackedChunkBytes = 256 << 10;  // of weight: leaves most of a core's cache
 constexpr int64_t kSmallestChunk = 64;
 constexpr int64_t kRowsPerBlock = 256;
-constexpr int64_t kStepsPerPass = 128;  // summed on their own: short sums round less
+constexpr int64_t kMostPartialBytes = 256 << 20;  // of grad_hidden, one copy for each part
+constexpr int64_t kStepsPerPass = 128;            // summed on their own: short sums round less
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
@@ -116,7 +118,7 @@ struct Head {
   int64_t weight_stride;
   const Scalar* bias;  // or null
   int64_t depth, vocabulary;
-  Scalar softcap;  // or 0
+  Scalar softcap;               // or 0
   std::vector<int64_t> kept;    // rows of target that are not ignored
   std::vector<int64_t> source;  // for each, its row of hidden
   std::vector<int64_t> label;   // and its target
@@ -137,6 +139,20 @@ struct Panels {
 template <class Isa>
 Panels panels_of(int64_t rows) {
   return Panels(rows, Isa::kLanes, Isa::kColumns);
+}
+
+// Calls `body` with the number of vectors of a panel as a constant.
+template <class Isa, class Body>
+MEMDLM_INLINE void with_width(int64_t columns, const Body& body) {
+  switch (columns / Isa::kLanes) {
+    case 1:
+      return body(std::integral_constant<int, 1>{});
+    case 2:
+      if constexpr (Isa::kColumns >= 2) body(std::integral_constant<int, 2>{});
+      return;
+    default:
+      if constexpr (Isa::kColumns >= 3) body(std::integral_constant<int, 3>{});
+  }
 }
 
 // --- Packing -------------------------------------------------------------------------------------
@@ -222,6 +238,24 @@ MEMDLM_INLINE void pack_hidden(const T* hidden, int64_t stride, int64_t depth,
   }
 }
 
+// The same panel of hidden by rows, `width` columns of depth from `first`: [rows / kPair][columns].
+template <class Isa, class T>
+MEMDLM_INLINE void pack_hidden_rows(const T* hidden, int64_t stride, int64_t depth, int64_t first,
+                                    int64_t width, const int64_t* source, int64_t rows,
+                                    int64_t padded_rows, typename Isa::Element* to) {
+  std::memset(to, 0, padded_rows / Isa::kPair * width * sizeof(*to));
+  for (int64_t m = 0; m < std::min(rows, padded_rows); ++m) {
+    const T* row = hidden + source[m] * stride + first;
+    typename Isa::Element* out = to + m / Isa::kPair * width;
+    for (int64_t d = 0; d < std::min(width, depth - first); ++d) {
+      if constexpr (kPairs<Isa>)
+        out[d] |= bits_of(row[d]) << (m % 2 * 16);
+      else
+        out[d] = static_cast<typename Isa::Element>(row[d]);
+    }
+  }
+}
+
 // --- The product ---------------------------------------------------------------------------------
 
 // Element (r, k) lies at data[r / 8 * outer + r % 8 * row + k / 8 * group + k % 8 * step].
@@ -231,13 +265,13 @@ struct Operand {
   int64_t outer, row, group, step;
 };
 
-// out[r][column] = scale[column] * out[r][column] + sum over k of a(r, k) * b[k][column] for a panel
-// of kWidth vectors; rows and steps are multiples of 8. Without `accumulate`, out is only written.
+// out[r][column] = scale[column] * out[r][column] + sum over k of a(r, k) * b[k][column] for a
+// panel of kWidth vectors; rows and steps are multiples of 8. Without `accumulate`, out is only
+// written.
 template <class Isa, int kWidth>
-MEMDLM_INLINE void multiply(const Operand<typename Isa::Element>& a,
-                            const typename Isa::Element* b, int64_t rows, int64_t steps,
-                            const typename Isa::Scalar* scale, bool accumulate,
-                            typename Isa::Scalar* out) {
+MEMDLM_INLINE void multiply(const Operand<typename Isa::Element>& a, const typename Isa::Element* b,
+                            int64_t rows, int64_t steps, const typename Isa::Scalar* scale,
+                            bool accumulate, typename Isa::Scalar* out) {
   using Vector = typename Isa::Vector;
   constexpr int kRows = Isa::kRows, kLanes = Isa::kLanes;
   constexpr int64_t kColumns = kWidth * kLanes;
@@ -291,7 +325,7 @@ struct Partial {
   Buffer<Scalar> maximum;       // [columns]
   Buffer<Scalar> others;        // [columns] sum of exp(logit - maximum)
   Buffer<Scalar> target_logit;  // [columns] where the target lies in this part
-  Buffer<Scalar> sums;          // panels of [depth][columns], sum of exp(logit - maximum) W; or null
+  Buffer<Scalar> sums;  // panels of [depth][columns], sum of exp(logit - maximum) W; or null
 };
 
 struct Block {
@@ -330,6 +364,12 @@ MEMDLM_INLINE void finish_logits(typename Isa::Scalar* logits, int64_t words, in
   std::fill(logits + words * kColumns, logits + padded * kColumns, kMinusInfinity);
 }
 
+// To bfloat16, ties to even, left in the upper half of each lane.
+template <class Bits>
+MEMDLM_INLINE void round_to_bfloat16(Bits& bits) {
+  bits = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000;
+}
+
 // Two words' values as the operand of the next product: pairs of bfloat16, or as they are.
 template <class Isa>
 MEMDLM_INLINE void store_words(typename Isa::Scalar* low_at, typename Isa::Scalar* high_at,
@@ -337,10 +377,10 @@ MEMDLM_INLINE void store_words(typename Isa::Scalar* low_at, typename Isa::Scala
                                const typename Isa::Vector& high) {
   if constexpr (kPairs<Isa>) {
     typedef typename VectorOf<uint32_t, Isa::kBytes>::type Bits;
-    const Bits low_bits = load<Bits>(&low), high_bits = load<Bits>(&high);
-    const Bits low_rounded = (low_bits + 0x7fff + ((low_bits >> 16) & 1)) >> 16;
-    const Bits high_rounded = (high_bits + 0x7fff + ((high_bits >> 16) & 1)) & 0xffff0000;
-    const Bits pair = low_rounded | high_rounded;
+    Bits low_bits = load<Bits>(&low), high_bits = load<Bits>(&high);
+    round_to_bfloat16(low_bits);
+    round_to_bfloat16(high_bits);
+    const Bits pair = low_bits >> 16 | high_bits;
     store(pair_at, pair);
   } else {
     store(low_at, low);
@@ -395,16 +435,14 @@ MEMDLM_INLINE void forward_panel(const typename Isa::Element* by_depth,
                                  const typename Isa::Scalar* bias, typename Isa::Scalar softcap,
                                  const int64_t* label, int64_t rows, int64_t depth,
                                  int64_t first_word, int64_t words, int64_t padded, bool is_first,
-                                 typename Isa::Scalar* logits,
-                                 typename Isa::Element* probabilities,
+                                 typename Isa::Scalar* logits, typename Isa::Element* probabilities,
                                  typename Isa::Scalar* maximum, typename Isa::Scalar* others,
                                  typename Isa::Scalar* target_logit, typename Isa::Scalar* sums) {
   using Element = typename Isa::Element;
   using Scalar = typename Isa::Scalar;
   const int64_t steps = round_up(divide_up(depth, Isa::kPair), kGroup);
-  multiply<Isa, kWidth>(
-      Operand<Element>{by_depth, kGroup * kGroup, kGroup, padded * kGroup, 1}, hidden, padded,
-      steps, nullptr, false, logits);
+  multiply<Isa, kWidth>(Operand<Element>{by_depth, kGroup * kGroup, kGroup, padded * kGroup, 1},
+                        hidden, padded, steps, nullptr, false, logits);
   finish_logits<Isa, kWidth>(logits, words, padded, bias, softcap, label, rows, first_word,
                              target_logit);
   Scalar rescale[kWidth * Isa::kLanes];
@@ -412,9 +450,9 @@ MEMDLM_INLINE void forward_panel(const typename Isa::Element* by_depth,
                               probabilities);
   if (!sums) return;
   const int64_t word_steps = padded / Isa::kPair;
-  multiply<Isa, kWidth>(
-      Operand<Element>{by_word, word_steps * kGroup, 1, kGroup * kGroup, kGroup}, probabilities,
-      round_up(depth, kGroup), word_steps, rescale, !is_first, sums);
+  multiply<Isa, kWidth>(Operand<Element>{by_word, word_steps * kGroup, 1, kGroup * kGroup, kGroup},
+                        probabilities, round_up(depth, kGroup), word_steps, rescale, !is_first,
+                        sums);
 }
 
 // One block of rows against one part of the vocabulary.
@@ -430,8 +468,7 @@ MEMDLM_INLINE void forward_block(const Head<T, typename Isa::Scalar>& head, cons
   const int64_t width = Isa::kColumns * Isa::kLanes;  // of the widest panel
   const Buffer<Element> hidden = allocate<Element>(steps * panels.columns());
   const Buffer<Element> by_depth = allocate<Element>(steps * block.chunk);
-  const Buffer<Element> pairs =
-      allocate<Element>(kPairs<Isa> ? padded_depth * block.chunk / 2 : 0);
+  const Buffer<Element> pairs = allocate<Element>(kPairs<Isa> ? padded_depth * block.chunk / 2 : 0);
   const Buffer<Scalar> logits = allocate<Scalar>(block.chunk * width);
   const Buffer<Element> pair_probabilities =
       allocate<Element>(kPairs<Isa> ? block.chunk / 2 * width : 0);
@@ -459,82 +496,250 @@ MEMDLM_INLINE void forward_block(const Head<T, typename Isa::Scalar>& head, cons
                      padded, by_depth.get(), by_word);
     for (int64_t panel = 0; panel < panels.count; ++panel) {
       const int64_t first = panels.first(panel);
-      const auto run = [&](auto width_constant) __attribute__((always_inline)) {
-        forward_panel<Isa, decltype(width_constant)::value>(
+      with_width<Isa>(panels.width(panel), [&](auto width) __attribute__((always_inline)) {
+        forward_panel<Isa, decltype(width)::value>(
             by_depth.get(), by_word, hidden.get() + steps * first, head.bias, head.softcap,
             head.label.data() + block.first_row + first, block.rows - first, depth, word, words,
             padded, word == block.first_word, logits.get(), probabilities,
             partial.maximum.get() + first, partial.others.get() + first,
             partial.target_logit.get() + first,
             partial.sums ? partial.sums.get() + padded_depth * first : nullptr);
-      };
-      switch (panels.width(panel) / Isa::kLanes) {
-        case 1:
-          run(std::integral_constant<int, 1>{});
-          break;
-        case 2:
-          if constexpr (Isa::kColumns >= 2) run(std::integral_constant<int, 2>{});
-          break;
-        default:
-          if constexpr (Isa::kColumns >= 3) run(std::integral_constant<int, 3>{});
+      });
+    }
+  }
+}
+
+// --- Backward of a head that trains --------------------------------------------------------------
+
+template <class Scalar>
+struct RowGradients {
+  std::vector<Scalar> grad;         // [columns] of the row's nll; 0 where there is no row
+  std::vector<Scalar> lse;          // [columns], largest where there is no row
+  std::vector<Scalar> target_grad;  // [columns] of the target's logit
+};
+
+template <class T, class Scalar>
+struct BackwardOutputs {
+  Scalar* sums;       // panels of [depth][columns]: the part's share of grad_hidden; or null
+  T* grad_weight;     // [V, D]; or null
+  Scalar* grad_bias;  // [V]; or null
+};
+
+// Logits [padded][kWidth vectors] to the gradient of the loss in them, in place.
+template <class Isa, int kWidth>
+MEMDLM_INLINE void logits_to_gradients(typename Isa::Scalar* logits, int64_t words, int64_t padded,
+                                       typename Isa::Scalar softcap, const int64_t* label,
+                                       int64_t rows, int64_t first_word,
+                                       const typename Isa::Scalar* grad,
+                                       const typename Isa::Scalar* lse,
+                                       const typename Isa::Scalar* target_grad,
+                                       const typename Isa::Scalar* target_logit) {
+  using Scalar = typename Isa::Scalar;
+  using Vector = typename Isa::Vector;
+  constexpr int64_t kColumns = kWidth * Isa::kLanes;
+  for (int64_t word = 0; word < padded; ++word)
+    for (int64_t column = 0; column < kColumns; column += Isa::kLanes) {
+      Scalar* at = logits + word * kColumns + column;
+      const Vector logit = load<Vector>(at), tangent = logit / softcap;
+      Vector value = exponential<Isa::kBytes>(logit - load<Vector>(lse + column));
+      if (softcap > 0) value = value == 0 ? value : value * (1 - tangent * tangent);
+      value *= load<Vector>(grad + column);
+      store(at, value);
+    }
+  for (int64_t m = 0; m < std::min(rows, kColumns); ++m) {
+    const int64_t word = label[m] - first_word;
+    if (word < 0 || word >= words) continue;
+    const Scalar tangent = softcap > 0 ? target_logit[m] / softcap : 0;
+    logits[word * kColumns + m] = target_grad[m] * (1 - tangent * tangent);
+  }
+}
+
+// The gradients in bfloat16, as pairs of words [padded / 2][columns] and of rows [padded][columns /
+// 2].
+template <class Isa, int kWidth>
+MEMDLM_INLINE void pair_gradients(const float* gradients, int64_t padded, uint32_t* word_pairs,
+                                  uint32_t* row_pairs) {
+  typedef typename VectorOf<uint32_t, Isa::kBytes>::type Bits;
+  constexpr int64_t kColumns = kWidth * Isa::kLanes;
+  for (int64_t word = 0; word < padded; word += 2) {
+    const float* row = gradients + word * kColumns;
+    uint32_t* row_pair = row_pairs + word * kColumns / 2;
+    for (int64_t column = 0; column < kColumns; column += Isa::kLanes) {
+      Bits low = load<Bits>(row + column), high = load<Bits>(row + kColumns + column);
+      round_to_bfloat16(low);
+      round_to_bfloat16(high);
+      const Bits pair = low >> 16 | high;
+      store(word_pairs + word / 2 * kColumns + column, pair);
+      uint32_t low_lanes[Isa::kLanes], high_lanes[Isa::kLanes];
+      store(low_lanes, low);
+      store(high_lanes, high);
+      for (int lane = 0; lane < Isa::kLanes; lane += 2) {
+        row_pair[(column + lane) / 2] = low_lanes[lane] >> 16 | low_lanes[lane + 1];
+        row_pair[(kColumns + column + lane) / 2] = high_lanes[lane] >> 16 | high_lanes[lane + 1];
       }
     }
   }
 }
 
+// One part of the vocabulary against all rows.
+template <class Isa, class T>
+MEMDLM_INLINE void backward_block(const Head<T, typename Isa::Scalar>& head, const Block& block,
+                                  const RowGradients<typename Isa::Scalar>& gradients,
+                                  const BackwardOutputs<T, typename Isa::Scalar>& outputs) {
+  using Element = typename Isa::Element;
+  using Scalar = typename Isa::Scalar;
+  const Panels panels = panels_of<Isa>(block.rows), depth_panels = panels_of<Isa>(head.depth);
+  const int64_t depth = head.depth;
+  const int64_t steps = round_up(divide_up(depth, Isa::kPair), kGroup);
+  const int64_t padded_depth = round_up(depth, kGroup);
+  const int64_t width = Isa::kColumns * Isa::kLanes;
+  const Buffer<Element> hidden = allocate<Element>(steps * panels.columns());
+  const Buffer<Element> hidden_rows = allocate<Element>(
+      outputs.grad_weight ? panels.columns() / Isa::kPair * depth_panels.columns() : 0);
+  const Buffer<Element> by_depth = allocate<Element>(steps * block.chunk);
+  const Buffer<Element> pairs = allocate<Element>(kPairs<Isa> ? padded_depth * block.chunk / 2 : 0);
+  const Buffer<Scalar> logits = allocate<Scalar>(block.chunk * width);
+  const Buffer<Element> word_pairs = allocate<Element>(kPairs<Isa> ? block.chunk / 2 * width : 0);
+  const Buffer<Element> row_pairs = allocate<Element>(kPairs<Isa> ? block.chunk * width / 2 : 0);
+  const Buffer<Scalar> chunk_grad =
+      allocate<Scalar>(outputs.grad_weight ? block.chunk * depth_panels.columns() : 0);
+  std::vector<double> chunk_bias_grad(block.chunk);
+  std::vector<Scalar> target_logit(panels.columns());
+  Element *by_word = by_depth.get(), *gradient_words, *gradient_rows;
+  if constexpr (kPairs<Isa>) {
+    by_word = pairs.get();
+    gradient_words = word_pairs.get();
+    gradient_rows = row_pairs.get();
+  } else {
+    gradient_words = gradient_rows = logits.get();
+  }
+  // Panel p of hidden by rows: for every panel q of depth [rows of p / kPair][columns of q].
+  const auto rows_of = [&](int64_t panel, int64_t depth_panel) {
+    return hidden_rows.get() + (panels.first(panel) * depth_panels.columns() +
+                                panels.width(panel) * depth_panels.first(depth_panel)) /
+                                   Isa::kPair;
+  };
+
+  for (int64_t panel = 0; panel < panels.count; ++panel) {
+    const int64_t first = panels.first(panel);
+    const int64_t* source = head.source.data() + block.first_row + first;
+    pack_hidden<Isa>(head.hidden, head.hidden_stride, depth, source, block.rows - first,
+                     panels.width(panel), hidden.get() + steps * first);
+    if (!outputs.grad_weight) continue;
+    for (int64_t q = 0; q < depth_panels.count; ++q)
+      pack_hidden_rows<Isa>(head.hidden, head.hidden_stride, depth, depth_panels.first(q),
+                            depth_panels.width(q), source, block.rows - first, panels.width(panel),
+                            rows_of(panel, q));
+  }
+  for (int64_t word = block.first_word; word < block.last_word; word += block.chunk) {
+    const int64_t words = std::min(block.chunk, block.last_word - word);
+    const int64_t padded = round_up(words, kChunkMultiple);
+    pack_weight<Isa>(head.weight + word * head.weight_stride, head.weight_stride, depth, words,
+                     padded, by_depth.get(), by_word);
+    std::fill(chunk_bias_grad.begin(), chunk_bias_grad.end(), 0.0);
+    for (int64_t panel = 0; panel < panels.count; ++panel) {
+      const int64_t first = panels.first(panel), columns = panels.width(panel);
+      const int64_t* label = head.label.data() + block.first_row + first;
+      with_width<Isa>(columns, [&](auto width_constant) __attribute__((always_inline)) {
+        constexpr int kWidth = decltype(width_constant)::value;
+        multiply<Isa, kWidth>(
+            Operand<Element>{by_depth.get(), kGroup * kGroup, kGroup, padded * kGroup, 1},
+            hidden.get() + steps * first, padded, steps, nullptr, false, logits.get());
+        finish_logits<Isa, kWidth>(logits.get(), words, padded, head.bias, head.softcap, label,
+                                   block.rows - first, word, target_logit.data() + first);
+        logits_to_gradients<Isa, kWidth>(
+            logits.get(), words, padded, head.softcap, label, block.rows - first, word,
+            gradients.grad.data() + first, gradients.lse.data() + first,
+            gradients.target_grad.data() + first, target_logit.data() + first);
+        if (outputs.grad_bias)
+          for (int64_t i = 0; i < words; ++i)
+            for (int64_t m = 0; m < columns; ++m) chunk_bias_grad[i] += logits[i * columns + m];
+        if constexpr (kPairs<Isa>)
+          pair_gradients<Isa, kWidth>(logits.get(), padded, gradient_words, gradient_rows);
+        if (outputs.sums) {
+          const int64_t word_steps = padded / Isa::kPair;
+          multiply<Isa, kWidth>(
+              Operand<Element>{by_word, word_steps * kGroup, 1, kGroup * kGroup, kGroup},
+              gradient_words, padded_depth, word_steps, nullptr, word != block.first_word,
+              outputs.sums + padded_depth * first);
+        }
+      });
+      if (!outputs.grad_weight) continue;
+      const int64_t row_steps = columns / Isa::kPair;
+      for (int64_t q = 0; q < depth_panels.count; ++q)
+        with_width<Isa>(
+            depth_panels.width(q), [&](auto width_constant) __attribute__((always_inline)) {
+              multiply<Isa, decltype(width_constant)::value>(
+                  Operand<Element>{gradient_rows, kGroup * row_steps, row_steps, kGroup, 1},
+                  rows_of(panel, q), padded, row_steps, nullptr, panel > 0,
+                  chunk_grad.get() + padded * depth_panels.first(q));
+            });
+    }
+    if (outputs.grad_bias) std::copy_n(chunk_bias_grad.begin(), words, outputs.grad_bias + word);
+    if (!outputs.grad_weight) continue;
+    for (int64_t q = 0; q < depth_panels.count; ++q) {
+      const int64_t first = depth_panels.first(q), columns = depth_panels.width(q);
+      for (int64_t i = 0; i < words; ++i) {
+        const Scalar* from = chunk_grad.get() + padded * first + i * columns;
+        T* to = outputs.grad_weight + (word + i) * depth + first;
+        for (int64_t d = 0; d < std::min(columns, depth - first); ++d) to[d] = T(from[d]);
+      }
+    }
+  }
+}
+
+// --- One compiled version for each instruction set -----------------------------------------------
+
 template <class T, class Scalar>
 struct Kernel {
   void (*forward)(const Head<T, Scalar>&, const Block&, Partial<Scalar>&);
+  void (*backward)(const Head<T, Scalar>&, const Block&, const RowGradients<Scalar>&,
+                   const BackwardOutputs<T, Scalar>&);
   Panels (*panels)(int64_t rows);
   int64_t widest_panel;   // columns
-  int64_t element_bytes;  // of a packed element, for each element of the weight
+  int64_t element_bytes;  // packed, for each element of the weight
 };
 
-template <class Isa, class T>
-Kernel<T, typename Isa::Scalar> kernel_of(void (*forward)(const Head<T, typename Isa::Scalar>&,
-                                                          const Block&,
-                                                          Partial<typename Isa::Scalar>&)) {
-  return {forward, panels_of<Isa>, Isa::kColumns * Isa::kLanes,
-          static_cast<int64_t>(sizeof(typename Isa::Element)) / Isa::kPair};
-}
+#define MEMDLM_COMPILE_FOR(Name, Isa, target)                                    \
+  template <class T>                                                             \
+  struct Name {                                                                  \
+    using Scalar = Isa::Scalar;                                                  \
+    target static void forward(const Head<T, Scalar>& head, const Block& block,  \
+                               Partial<Scalar>& partial) {                       \
+      forward_block<Isa>(head, block, partial);                                  \
+    }                                                                            \
+    target static void backward(const Head<T, Scalar>& head, const Block& block, \
+                                const RowGradients<Scalar>& gradients,           \
+                                const BackwardOutputs<T, Scalar>& outputs) {     \
+      backward_block<Isa>(head, block, gradients, outputs);                      \
+    }                                                                            \
+    static Kernel<T, Scalar> kernel() {                                          \
+      return {forward, backward, panels_of<Isa>, Isa::kColumns * Isa::kLanes,    \
+              static_cast<int64_t>(sizeof(Isa::Element)) / Isa::kPair};          \
+    }                                                                            \
+  }
 
-template <class T>
-void forward_baseline(const Head<T, float>& head, const Block& block, Partial<float>& partial) {
-  forward_block<Baseline>(head, block, partial);
-}
-template <class T>
-MEMDLM_AVX2 void forward_avx2(const Head<T, float>& head, const Block& block,
-                              Partial<float>& partial) {
-  forward_block<Avx2>(head, block, partial);
-}
-template <class T>
-MEMDLM_AVX512 void forward_avx512(const Head<T, float>& head, const Block& block,
-                                  Partial<float>& partial) {
-  forward_block<Avx512>(head, block, partial);
-}
-MEMDLM_AVX512_BF16 void forward_avx512_bf16(const Head<BFloat16, float>& head, const Block& block,
-                                            Partial<float>& partial) {
-  forward_block<PairsOfBFloat16>(head, block, partial);
-}
-void forward_float64(const Head<double, double>& head, const Block& block,
-                     Partial<double>& partial) {
-  forward_block<Float64>(head, block, partial);
-}
+MEMDLM_COMPILE_FOR(ForFloat64, Float64, );
+MEMDLM_COMPILE_FOR(ForBaseline, Baseline, );
+MEMDLM_COMPILE_FOR(ForAvx2, Avx2, MEMDLM_AVX2);
+MEMDLM_COMPILE_FOR(ForAvx512, Avx512, MEMDLM_AVX512);
+MEMDLM_COMPILE_FOR(ForAvx512Bf16, PairsOfBFloat16, MEMDLM_AVX512_BF16);
 
 template <class T, class Scalar>
 Kernel<T, Scalar> choose_kernel() {
   if constexpr (std::is_same_v<T, double>) {
-    return kernel_of<Float64>(forward_float64);
+    return ForFloat64<T>::kernel();
   } else {
     const InstructionSet best = instruction_set();
     if constexpr (std::is_same_v<T, BFloat16>)
-      if (best == InstructionSet::kAvx512Bf16)
-        return kernel_of<PairsOfBFloat16>(forward_avx512_bf16);
-    if (best >= InstructionSet::kAvx512) return kernel_of<Avx512>(forward_avx512<T>);
-    if (best == InstructionSet::kAvx2) return kernel_of<Avx2>(forward_avx2<T>);
-    return kernel_of<Baseline>(forward_baseline<T>);
+      if (best == InstructionSet::kAvx512Bf16) return ForAvx512Bf16<T>::kernel();
+    if (best >= InstructionSet::kAvx512) return ForAvx512<T>::kernel();
+    if (best == InstructionSet::kAvx2) return ForAvx2<T>::kernel();
+    return ForBaseline<T>::kernel();
   }
 }
+
+// --- The driver ----------------------------------------------------------------------------------
 
 // Joins the parts of the vocabulary for row m of a block, and writes the row's results.
 template <class T, class Scalar>
@@ -550,10 +755,7 @@ void finish_row(const Head<T, Scalar>& head, const Panels& panels, int64_t first
   }
   for (int64_t part = 0; part < parts; ++part)
     others += partials[part].others[m] * std::exp(partials[part].maximum[m] - maximum);
-  // log(sum of exp) of the other words, less the target's logit: never log(1 + tiny) - 0.
-  const double margin = maximum - target_logit + std::log(others);
-  const double loss =
-      margin > 0 ? margin + std::log1p(std::exp(-margin)) : std::log1p(std::exp(margin));
+  const double loss = nll_of(maximum, others, target_logit);
   nll[row] = static_cast<Scalar>(loss);
   lse[row] = static_cast<Scalar>(target_logit + loss);
   if (!stash) return;
@@ -568,8 +770,8 @@ void finish_row(const Head<T, Scalar>& head, const Panels& panels, int64_t first
   while (panels.first(panel + 1) <= m) ++panel;
   const int64_t columns = panels.width(panel), first = panels.first(panel);
   for (int64_t part = 0; part < parts; ++part) {
-    const Scalar scale = static_cast<Scalar>(
-        std::exp(partials[part].maximum[m] - (target_logit + loss)));
+    const Scalar scale =
+        static_cast<Scalar>(std::exp(partials[part].maximum[m] - (target_logit + loss)));
     const Scalar* from =
         partials[part].sums.get() + round_up(head.depth, kGroup) * first + (m - first);
     for (int64_t d = 0; d < head.depth; ++d) to[d] += scale * from[d * columns];
@@ -593,8 +795,8 @@ int64_t words_per_chunk(std::optional<int64_t> chunk_bytes, int64_t depth, int64
                         int64_t logits_bytes_per_word, int64_t words) {
   const int64_t wanted =
       chunk_bytes ? *chunk_bytes / logits_bytes_per_word
-                  : std::max(kSmallestChunk, kPackedChunkBytes / std::max<int64_t>(
-                                                                     depth * element_bytes, 1));
+                  : std::max(kSmallestChunk,
+                             kPackedChunkBytes / std::max<int64_t>(depth * element_bytes, 1));
   const int64_t whole = wanted / kChunkMultiple * kChunkMultiple;
   return std::clamp(whole, kChunkMultiple, round_up(words, kChunkMultiple));
 }
@@ -633,8 +835,7 @@ void forward(const Head<T, Scalar>& head, std::optional<int64_t> chunk_bytes, Sc
   if (rows == 0) return;
   const Kernel<T, Scalar> kernel = choose_kernel<T, Scalar>();
   const Partition split = partition(rows, torch::stable::get_num_threads());
-  const int64_t words_per_part =
-      round_up(divide_up(head.vocabulary, split.parts), kChunkMultiple);
+  const int64_t words_per_part = round_up(divide_up(head.vocabulary, split.parts), kChunkMultiple);
   const int64_t parts = divide_up(head.vocabulary, words_per_part);  // none is empty
   const int64_t chunk =
       words_per_chunk(chunk_bytes, head.depth, kernel.element_bytes,
@@ -658,10 +859,9 @@ void forward(const Head<T, Scalar>& head, std::optional<int64_t> chunk_bytes, Sc
       0, static_cast<int64_t>(blocks.size()), 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
           const int64_t columns = kernel.panels(blocks[i].rows).columns();
-          partials[i] = {allocate<Scalar>(columns), allocate<Scalar>(columns),
-                         allocate<Scalar>(columns),
-                         stash ? allocate<Scalar>(columns * round_up(head.depth, kGroup))
-                               : Buffer<Scalar>()};
+          partials[i] = {
+              allocate<Scalar>(columns), allocate<Scalar>(columns), allocate<Scalar>(columns),
+              stash ? allocate<Scalar>(columns * round_up(head.depth, kGroup)) : Buffer<Scalar>()};
           kernel.forward(head, blocks[i], partials[i]);
           if (parts > 1) continue;
           finish(i, 0, blocks[i].rows);
@@ -670,16 +870,73 @@ void forward(const Head<T, Scalar>& head, std::optional<int64_t> chunk_bytes, Sc
       });
   if (parts == 1) return;
   for (int64_t row_block = 0; row_block < split.row_blocks; ++row_block)
-    torch::stable::parallel_for(
-        0, blocks[row_block * parts].rows, 16,
-        [&](int64_t begin, int64_t end) { finish(row_block, begin, end); });
+    torch::stable::parallel_for(0, blocks[row_block * parts].rows, 16,
+                                [&](int64_t begin, int64_t end) { finish(row_block, begin, end); });
 }
 
-void masked_linear_cross_entropy(Tensor hidden, Tensor weight, Tensor target,
-                                 std::optional<Tensor> bias, std::optional<Tensor> index,
-                                 int64_t ignore_index, std::optional<double> softcap,
-                                 std::optional<int64_t> chunk_bytes, Tensor nll, Tensor lse,
-                                 Tensor stash) {
+template <class T, class Scalar>
+void backward(const Head<T, Scalar>& head, std::optional<int64_t> chunk_bytes,
+              const Scalar* grad_nll, const Scalar* nll, const Scalar* lse, Scalar* grad_rows,
+              T* grad_weight, Scalar* grad_bias) {
+  const auto rows = static_cast<int64_t>(head.kept.size());
+  if (rows == 0) {
+    if (grad_weight) std::fill_n(grad_weight, head.vocabulary * head.depth, T(0));
+    if (grad_bias) std::fill_n(grad_bias, head.vocabulary, Scalar{0});
+    return;
+  }
+  const Kernel<T, Scalar> kernel = choose_kernel<T, Scalar>();
+  const Panels panels = kernel.panels(rows);
+  const int64_t padded_depth = round_up(head.depth, kGroup);
+  const int64_t sums_bytes = padded_depth * panels.columns() * static_cast<int64_t>(sizeof(Scalar));
+  const int64_t most_parts =
+      grad_rows ? std::max<int64_t>(1, kMostPartialBytes / sums_bytes) : rows + head.vocabulary;
+  const int64_t wanted = std::min<int64_t>(torch::stable::get_num_threads(), most_parts);
+  const int64_t words_per_part = round_up(divide_up(head.vocabulary, wanted), kChunkMultiple);
+  const int64_t parts = divide_up(head.vocabulary, words_per_part);
+  const int64_t chunk =
+      words_per_chunk(chunk_bytes, head.depth, kernel.element_bytes,
+                      kernel.widest_panel * static_cast<int64_t>(sizeof(Scalar)), words_per_part);
+
+  RowGradients<Scalar> gradients;
+  gradients.grad.resize(panels.columns(), Scalar{0});
+  gradients.lse.resize(panels.columns(), std::numeric_limits<Scalar>::max());
+  gradients.target_grad.resize(panels.columns(), Scalar{0});
+  for (int64_t m = 0; m < rows; ++m) {
+    const int64_t row = head.kept[m];
+    gradients.grad[m] = grad_nll[row];
+    gradients.lse[m] = lse[row];
+    gradients.target_grad[m] = grad_nll[row] * std::expm1(-nll[row]);
+  }
+  std::vector<Buffer<Scalar>> sums(parts);
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      if (grad_rows) sums[part] = allocate<Scalar>(padded_depth * panels.columns());
+      const int64_t first_word = part * words_per_part;
+      kernel.backward(
+          head,
+          {0, rows, first_word, std::min(first_word + words_per_part, head.vocabulary), chunk},
+          gradients, {sums[part].get(), grad_weight, grad_bias});
+    }
+  });
+  if (!grad_rows) return;
+  torch::stable::parallel_for(0, panels.count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; ++panel) {
+      const int64_t first = panels.first(panel), columns = panels.width(panel);
+      for (int64_t m = first; m < std::min(first + columns, rows); ++m)
+        for (int64_t d = 0; d < head.depth; ++d) {
+          Scalar sum = 0;
+          for (const Buffer<Scalar>& part : sums)
+            sum += part[padded_depth * first + d * columns + (m - first)];
+          grad_rows[head.kept[m] * head.depth + d] = sum;
+        }
+    }
+  });
+}
+
+// --- The boundary --------------------------------------------------------------------------------
+
+ScalarType check_inputs(const Tensor& hidden, const Tensor& weight, const Tensor& target,
+                        const std::optional<Tensor>& bias, const std::optional<Tensor>& index) {
   const ScalarType dtype = hidden.scalar_type();
   const ScalarType scalar = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   check_rows(hidden, "hidden", dtype);
@@ -687,31 +944,73 @@ void masked_linear_cross_entropy(Tensor hidden, Tensor weight, Tensor target,
   check_tensor(target, "target", ScalarType::Long, target.numel());
   if (bias) check_tensor(*bias, "bias", scalar, weight.size(0));
   if (index) check_tensor(*index, "index", ScalarType::Long, target.numel());
-  check_tensor(nll, "nll", scalar, target.numel());
-  check_tensor(lse, "lse", scalar, target.numel());
-  const bool need_stash = stash.dim() == 2;
-  if (need_stash) check_tensor(stash, "stash", scalar, target.numel() * weight.size(1));
+  return scalar;
+}
 
-  const auto run = [&]<class T, class Scalar>(T, Scalar) {
-    auto* nll_data = static_cast<Scalar*>(nll.mutable_data_ptr());
-    auto* lse_data = static_cast<Scalar*>(lse.mutable_data_ptr());
-    auto* stash_data = need_stash ? static_cast<Scalar*>(stash.mutable_data_ptr()) : nullptr;
-    std::fill_n(nll_data, nll.numel(), Scalar{0});
-    std::fill_n(lse_data, lse.numel(), Scalar{0});
-    if (need_stash) std::fill_n(stash_data, stash.numel(), Scalar{0});
-    forward(make_head<T, Scalar>(hidden, weight, target, bias, index, ignore_index, softcap),
-            chunk_bytes, nll_data, lse_data, stash_data);
-  };
+template <class Body>
+void with_dtype(ScalarType dtype, const Body& body) {
   switch (dtype) {
     case ScalarType::Float:
-      return run(float{}, float{});
+      return body(float{}, float{});
     case ScalarType::BFloat16:
-      return run(BFloat16{}, float{});
+      return body(BFloat16{}, float{});
     case ScalarType::Half:
-      return run(Half{}, float{});
+      return body(Half{}, float{});
+    case ScalarType::Double:
+      return body(double{}, double{});
     default:
-      return run(double{}, double{});
+      STD_TORCH_CHECK(false, "hidden must be float32, bfloat16, float16 or float64");
   }
+}
+
+// Rows that are ignored keep the zeros.
+template <class Scalar>
+Scalar* zeroed(const Tensor& tensor) {
+  auto* data = static_cast<Scalar*>(tensor.mutable_data_ptr());
+  std::fill_n(data, tensor.numel(), Scalar{0});
+  return data;
+}
+
+void masked_linear_cross_entropy(Tensor hidden, Tensor weight, Tensor target,
+                                 std::optional<Tensor> bias, std::optional<Tensor> index,
+                                 int64_t ignore_index, std::optional<double> softcap,
+                                 std::optional<int64_t> chunk_bytes, Tensor nll, Tensor lse,
+                                 std::optional<Tensor> stash) {
+  const ScalarType scalar = check_inputs(hidden, weight, target, bias, index);
+  check_tensor(nll, "nll", scalar, target.numel());
+  check_tensor(lse, "lse", scalar, target.numel());
+  if (stash) check_tensor(*stash, "stash", scalar, target.numel() * weight.size(1));
+  with_dtype(hidden.scalar_type(), [&]<class T, class Scalar>(T, Scalar) {
+    forward(make_head<T, Scalar>(hidden, weight, target, bias, index, ignore_index, softcap),
+            chunk_bytes, zeroed<Scalar>(nll), zeroed<Scalar>(lse),
+            stash ? zeroed<Scalar>(*stash) : nullptr);
+  });
+}
+
+void masked_linear_cross_entropy_backward(Tensor grad_nll, Tensor hidden, Tensor weight,
+                                          Tensor target, std::optional<Tensor> bias,
+                                          std::optional<Tensor> index, Tensor nll, Tensor lse,
+                                          int64_t ignore_index, std::optional<double> softcap,
+                                          std::optional<int64_t> chunk_bytes,
+                                          std::optional<Tensor> grad_rows,
+                                          std::optional<Tensor> grad_weight,
+                                          std::optional<Tensor> grad_bias) {
+  const ScalarType scalar = check_inputs(hidden, weight, target, bias, index);
+  check_tensor(grad_nll, "grad_nll", scalar, target.numel());
+  check_tensor(nll, "nll", scalar, target.numel());
+  check_tensor(lse, "lse", scalar, target.numel());
+  if (grad_rows) check_tensor(*grad_rows, "grad_rows", scalar, target.numel() * weight.size(1));
+  if (grad_weight) check_tensor(*grad_weight, "grad_weight", weight.scalar_type(), weight.numel());
+  if (grad_bias) check_tensor(*grad_bias, "grad_bias", scalar, weight.size(0));
+  with_dtype(hidden.scalar_type(), [&]<class T, class Scalar>(T, Scalar) {
+    backward(make_head<T, Scalar>(hidden, weight, target, bias, index, ignore_index, softcap),
+             chunk_bytes, static_cast<const Scalar*>(grad_nll.const_data_ptr()),
+             static_cast<const Scalar*>(nll.const_data_ptr()),
+             static_cast<const Scalar*>(lse.const_data_ptr()),
+             grad_rows ? zeroed<Scalar>(*grad_rows) : nullptr,
+             grad_weight ? static_cast<T*>(grad_weight->mutable_data_ptr()) : nullptr,
+             grad_bias ? static_cast<Scalar*>(grad_bias->mutable_data_ptr()) : nullptr);
+  });
 }
 
 }  // namespace
@@ -719,4 +1018,6 @@ void masked_linear_cross_entropy(Tensor hidden, Tensor weight, Tensor target,
 
 STABLE_TORCH_LIBRARY_IMPL(memdlm_C, CPU, m) {
   m.impl("masked_linear_cross_entropy", TORCH_BOX(&memdlm::masked_linear_cross_entropy));
+  m.impl("masked_linear_cross_entropy_backward",
+         TORCH_BOX(&memdlm::masked_linear_cross_entropy_backward));
 }

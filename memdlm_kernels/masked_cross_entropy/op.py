@@ -97,7 +97,7 @@ def _cpu_unfit(device: torch.device) -> str | None:
     return _backends.library_missing
 
 
-_ORDER = (Backend("reference", lambda device: None),)
+_ORDER = (Backend("cpu", _cpu_unfit), Backend("reference", lambda device: None))
 _FORWARD = {"cpu": cpu.masked_cross_entropy}
 _BACKWARD = {"cpu": cpu.masked_cross_entropy_backward}
 

@@ -59,7 +59,7 @@ def masked_linear_cross_entropy(
         chunk_bytes,
         nll,
         lse,
-        stash,
+        stash if need_stash else None,
     )
     return nll, lse, stash
 
@@ -99,14 +99,14 @@ def masked_linear_cross_entropy_backward(
         ignore_index,
         softcap,
         chunk_bytes,
-        grad_rows,
-        grad_weight,
-        grad_bias,
+        grad_rows if need_grad_hidden else None,
+        grad_weight if need_grad_weight else None,
+        grad_bias if need_grad_bias else None,
     )
     return (
         _scatter_rows(grad_rows, index, rows, dtype) if need_grad_hidden else grad_rows.to(dtype),
         grad_weight,
-        grad_bias if bias is None else grad_bias.to(bias.dtype),
+        grad_bias.to(dtype),
     )
 
 
