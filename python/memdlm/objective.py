@@ -82,11 +82,13 @@ class MDLMObjective(nn.Module):
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:
         """Recompute each layer's activations in backward; the options are the model's own."""
-        self.model.gradient_checkpointing_enable(**options)
+        enable: Any = self.model.gradient_checkpointing_enable
+        enable(**options)
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
         """The same, by the name that newer versions of transformers have for it."""
-        self.model.activation_checkpointing_enable(**options)
+        enable: Any = self.model.activation_checkpointing_enable
+        enable(**options)
 
     def _divisor(self, batch: dict[str, Any], normalizer: float | None) -> float:
         if normalizer is not None:
