@@ -47,8 +47,9 @@ def load_examples(name: str, split: str = "train") -> datasets.Dataset:
             loaded = datasets.load_from_disk(name)
         else:
             loaded = datasets.load_dataset(name)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error.__cause__ or error).split())
+    # An empty file ends the reader with StopIteration.
+    except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error.__cause__ or error).split()) or "it has no example"
         raise ValueError(f"dataset {name} cannot be read: {reason}") from error
     if isinstance(loaded, dict):
         if split not in loaded:
