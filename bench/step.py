@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdpa_flop_count
 from transformers import AutoModelForCausalLM
 
+import memdlm_kernels.flops  # noqa: F401 - registers the formulas
 from bench.cases import StepCase, step_case
 from bench.timing import interleaved_ms, machine, peak_mib, percentiles, write_rows
 from memdlm.config import DiffusionConfig, MemoryConfig

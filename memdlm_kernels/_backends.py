@@ -27,8 +27,8 @@ class Backend:
 
     Attributes:
         name: what a caller passes as `backend=`.
-        unfit: called with the op's tensors (see each op); returns the reason why this backend cannot
-            run on them, None where it can.
+        unfit: called with the facts that the op passes to `choose`; returns the reason why this
+            backend cannot run on them, None where it can.
     """
 
     name: str
@@ -48,7 +48,7 @@ def choose(op: str, order: Sequence[Backend], requested: str | None, *facts: Any
         The name of the backend.
 
     Raises:
-        ValueError: `requested` is no backend of this op, or cannot run on these inputs; or none can.
+        ValueError: `requested` is no backend of this op, or cannot run here; or none can.
     """
     reasons = []
     for backend in order:

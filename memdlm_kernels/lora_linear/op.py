@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from memdlm_kernels import _backends
 from memdlm_kernels._backends import Backend, choose
@@ -213,12 +212,10 @@ def _autograd(ctx: Any, grad_out: Tensor, _: None) -> tuple[Tensor | None, ...]:
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
-@register_flop_formula(torch.ops.memdlm.lora_linear)
 def _forward_flops(x: Shape, base: Shape, A: Shape, *_: Any, **__: Any) -> int:
     return 2 * math.prod(x[:-1]) * A[-2] * (x[-1] + base[-1])
 
 
-@register_flop_formula(torch.ops.memdlm.lora_linear_backward)
 def _backward_flops(
     grad_out: Shape,
     x: Shape | None,
@@ -235,3 +232,9 @@ def _backward_flops(
     through_A = need_grad_x + need_grad_A  # and as x Aᵀ
     columns = through_B * grad_out[-1] + through_A * A[-1]
     return 2 * math.prod(grad_out[:-1]) * A[-2] * columns
+
+
+FLOP_FORMULAS = {
+    torch.ops.memdlm.lora_linear: _forward_flops,
+    torch.ops.memdlm.lora_linear_backward: _backward_flops,
+}

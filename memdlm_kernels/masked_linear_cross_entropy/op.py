@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from memdlm_kernels import _backends
 from memdlm_kernels._backends import Backend, choose
@@ -350,7 +349,6 @@ def _autograd(
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
-@register_flop_formula(torch.ops.memdlm.masked_linear_cross_entropy)
 def _forward_flops(
     hidden: Shape,
     weight: Shape,
@@ -368,12 +366,10 @@ def _forward_flops(
     return 2 * math.prod(target) * math.prod(weight) * (1 + need_stash)
 
 
-@register_flop_formula(torch.ops.memdlm.masked_linear_cross_entropy_stash_backward)
 def _stash_backward_flops(*_: Any, **__: Any) -> int:
     return 0  # a product of every element with its row's gradient: no matrix product
 
 
-@register_flop_formula(torch.ops.memdlm.masked_linear_cross_entropy_backward)
 def _backward_flops(
     grad_nll: Shape,
     hidden: Shape,
@@ -393,3 +389,10 @@ def _backward_flops(
 ) -> int:
     products = 1 + need_grad_hidden + need_grad_weight  # the logits are computed again
     return 2 * math.prod(target) * math.prod(weight) * products
+
+
+FLOP_FORMULAS = {
+    torch.ops.memdlm.masked_linear_cross_entropy: _forward_flops,
+    torch.ops.memdlm.masked_linear_cross_entropy_stash_backward: _stash_backward_flops,
+    torch.ops.memdlm.masked_linear_cross_entropy_backward: _backward_flops,
+}

@@ -6,6 +6,7 @@ import torch
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
+import memdlm_kernels.flops  # noqa: F401 - registers the formulas
 from memdlm_kernels import _backends, lora_linear
 from tests.kernels.truth import assert_as_accurate
 

@@ -1,0 +1,13 @@
+"""FLOP counts of the ops: importing this module tells them to `torch.utils.flop_counter`.
+
+It is apart from the package because the counter imports Triton wherever that is installed.
+"""
+
+from torch.utils.flop_counter import register_flop_formula
+
+from memdlm_kernels.lora_linear.op import FLOP_FORMULAS as LORA_LINEAR
+from memdlm_kernels.masked_cross_entropy.op import FLOP_FORMULAS as MASKED_CROSS_ENTROPY
+from memdlm_kernels.masked_linear_cross_entropy.op import FLOP_FORMULAS as MASKED_LINEAR
+
+for _op, _formula in {**LORA_LINEAR, **MASKED_CROSS_ENTROPY, **MASKED_LINEAR}.items():
+    register_flop_formula(_op)(_formula)
