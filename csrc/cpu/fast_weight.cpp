@@ -36,6 +36,7 @@ struct Block {
 };
 
 constexpr int64_t kBlock = 1 << 14;  // elements: a block of gradient fits the L1 or L2 cache
+constexpr int64_t kGrain = 4;        // blocks: less is not worth waking a thread for
 
 std::vector<Block> make_blocks(const Tensor& segments, int64_t rows, int64_t columns) {
   check_tensor(segments, "segments", ScalarType::Long, segments.numel());
@@ -136,7 +137,7 @@ void fast_weight_sgd_(const Tensor& param, const Tensor& grad, const Tensor& seg
 
   std::vector<double> partial(blocks.size());
   with_type(grad.scalar_type(), "grad", [&]<class G>() {
-    torch::stable::parallel_for(0, block_count, 1, [&](int64_t first, int64_t last) {
+    torch::stable::parallel_for(0, block_count, kGrain, [&](int64_t first, int64_t last) {
       for (int64_t b = first; b < last; ++b) {
         const Block& block = blocks[b];
         partial[b] =
@@ -174,7 +175,7 @@ void fast_weight_sgd_(const Tensor& param, const Tensor& grad, const Tensor& seg
 
   with_type(param.scalar_type(), "param", [&]<class P>() {
     with_type(grad.scalar_type(), "grad", [&]<class G>() {
-      torch::stable::parallel_for(0, block_count, 1, [&](int64_t first, int64_t last) {
+      torch::stable::parallel_for(0, block_count, kGrain, [&](int64_t first, int64_t last) {
         for (int64_t b = first; b < last; ++b) {
           const Block& block = blocks[b];
           if (skip[block.row]) continue;
@@ -250,7 +251,7 @@ void fast_weight_reset_(const Tensor& param, const Tensor& segments, const Tenso
 
   with_type(param.scalar_type(), "param", [&]<class T>() {
     torch::stable::parallel_for(
-        0, static_cast<int64_t>(blocks.size()), 1, [&](int64_t first, int64_t last) {
+        0, static_cast<int64_t>(blocks.size()), kGrain, [&](int64_t first, int64_t last) {
           for (int64_t b = first; b < last; ++b) {
             const Block& block = blocks[b];
             T* row = row_of<T>(param, block.row);
