@@ -39,10 +39,11 @@ def test_a_nan_gradient_under_a_finite_loss_leaves_the_fast_weights_as_they_were
     def poison(module, inputs, output):
         output.register_hook(lambda gradient: gradient * math.nan)
 
-    handle = model.model.layers[-1].mlp.down_proj.register_forward_hook(poison)
+    handle = model.model.layers[-1].mlp.gate_proj.register_forward_hook(poison)
     trace = objective.write_memory(batch)
     handle.remove()
     assert trace.loss.isfinite().all()
+    assert trace.norm.isfinite().any()  # those above the layer
     assert not trace.norm.isfinite().all()
     assert trace.skipped.tolist() == [[True]]
     assert torch.equal(objective.fast_weights.param, before)
