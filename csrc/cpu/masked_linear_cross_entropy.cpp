@@ -515,7 +515,8 @@ template <class Scalar>
 struct RowGradients {
   std::vector<Scalar> grad;         // [columns] of the row's nll; 0 where there is no row
   std::vector<Scalar> lse;          // [columns], largest where there is no row
-  std::vector<Scalar> target_grad;  // [columns] of the target's logit
+  std::vector<Scalar> target_grad;  // [columns] of the target's logit; the part that holds the
+                                    // target multiplies it by the derivative of the softcap
 };
 
 template <class T, class Scalar>
@@ -525,15 +526,12 @@ struct BackwardOutputs {
   Scalar* grad_bias;  // [V]; or null
 };
 
-// Logits [padded][kWidth vectors] to the gradient of the loss in them, in place.
+// Logits [padded][kWidth vectors] to the gradient of the loss in them, in place; 0 for the targets.
 template <class Isa, int kWidth>
-MEMDLM_INLINE void logits_to_gradients(typename Isa::Scalar* logits, int64_t words, int64_t padded,
-                                       typename Isa::Scalar softcap, const int64_t* label,
-                                       int64_t rows, int64_t first_word,
+MEMDLM_INLINE void logits_to_gradients(typename Isa::Scalar* logits, int64_t padded,
+                                       typename Isa::Scalar softcap,
                                        const typename Isa::Scalar* grad,
-                                       const typename Isa::Scalar* lse,
-                                       const typename Isa::Scalar* target_grad,
-                                       const typename Isa::Scalar* target_logit) {
+                                       const typename Isa::Scalar* lse) {
   using Scalar = typename Isa::Scalar;
   using Vector = typename Isa::Vector;
   constexpr int64_t kColumns = kWidth * Isa::kLanes;
@@ -546,12 +544,6 @@ MEMDLM_INLINE void logits_to_gradients(typename Isa::Scalar* logits, int64_t wor
       value *= load<Vector>(grad + column);
       store(at, value);
     }
-  for (int64_t m = 0; m < std::min(rows, kColumns); ++m) {
-    const int64_t word = label[m] - first_word;
-    if (word < 0 || word >= words) continue;
-    const Scalar tangent = softcap > 0 ? target_logit[m] / softcap : 0;
-    logits[word * kColumns + m] = target_grad[m] * (1 - tangent * tangent);
-  }
 }
 
 // The gradients in bfloat16, as pairs of words [padded / 2][columns] and of rows [padded][columns /
@@ -584,7 +576,7 @@ MEMDLM_INLINE void pair_gradients(const float* gradients, int64_t padded, uint32
 // One part of the vocabulary against all rows.
 template <class Isa, class T>
 MEMDLM_INLINE void backward_block(const Head<T, typename Isa::Scalar>& head, const Block& block,
-                                  const RowGradients<typename Isa::Scalar>& gradients,
+                                  RowGradients<typename Isa::Scalar>& gradients,
                                   const BackwardOutputs<T, typename Isa::Scalar>& outputs) {
   using Element = typename Isa::Element;
   using Scalar = typename Isa::Scalar;
@@ -647,10 +639,9 @@ MEMDLM_INLINE void backward_block(const Head<T, typename Isa::Scalar>& head, con
             hidden.get() + steps * first, padded, steps, nullptr, false, logits.get());
         finish_logits<Isa, kWidth>(logits.get(), words, padded, head.bias, head.softcap, label,
                                    block.rows - first, word, target_logit.data() + first);
-        logits_to_gradients<Isa, kWidth>(
-            logits.get(), words, padded, head.softcap, label, block.rows - first, word,
-            gradients.grad.data() + first, gradients.lse.data() + first,
-            gradients.target_grad.data() + first, target_logit.data() + first);
+        logits_to_gradients<Isa, kWidth>(logits.get(), padded, head.softcap,
+                                         gradients.grad.data() + first,
+                                         gradients.lse.data() + first);
         if (outputs.grad_bias)
           for (int64_t i = 0; i < words; ++i)
             for (int64_t m = 0; m < columns; ++m) chunk_bias_grad[i] += logits[i * columns + m];
@@ -675,6 +666,22 @@ MEMDLM_INLINE void backward_block(const Head<T, typename Isa::Scalar>& head, con
                   chunk_grad.get() + padded * depth_panels.first(q));
             });
     }
+    // The targets' own share, the larger part for a confident token, in Scalar.
+    for (int64_t m = 0; m < block.rows; ++m) {
+      const int64_t i = head.label[block.first_row + m] - word;
+      if (i < 0 || i >= words) continue;
+      const Scalar tangent = head.softcap > 0 ? target_logit[m] / head.softcap : 0;
+      const Scalar grad = gradients.target_grad[m] *= 1 - tangent * tangent;
+      chunk_bias_grad[i] += grad;
+      if (!outputs.grad_weight) continue;
+      const T* row = head.hidden + head.source[block.first_row + m] * head.hidden_stride;
+      for (int64_t q = 0; q < depth_panels.count; ++q) {
+        const int64_t first = depth_panels.first(q), columns = depth_panels.width(q);
+        Scalar* to = chunk_grad.get() + padded * first + i * columns;
+        for (int64_t d = 0; d < std::min(columns, depth - first); ++d)
+          to[d] += grad * static_cast<Scalar>(row[first + d]);
+      }
+    }
     if (outputs.grad_bias) std::copy_n(chunk_bias_grad.begin(), words, outputs.grad_bias + word);
     if (!outputs.grad_weight) continue;
     for (int64_t q = 0; q < depth_panels.count; ++q) {
@@ -693,7 +700,7 @@ MEMDLM_INLINE void backward_block(const Head<T, typename Isa::Scalar>& head, con
 template <class T, class Scalar>
 struct Kernel {
   void (*forward)(const Head<T, Scalar>&, const Block&, Partial<Scalar>&);
-  void (*backward)(const Head<T, Scalar>&, const Block&, const RowGradients<Scalar>&,
+  void (*backward)(const Head<T, Scalar>&, const Block&, RowGradients<Scalar>&,
                    const BackwardOutputs<T, Scalar>&);
   Panels (*panels)(int64_t rows);
   int64_t widest_panel;   // columns
@@ -709,7 +716,7 @@ struct Kernel {
       forward_block<Isa>(head, block, partial);                                  \
     }                                                                            \
     target static void backward(const Head<T, Scalar>& head, const Block& block, \
-                                const RowGradients<Scalar>& gradients,           \
+                                RowGradients<Scalar>& gradients,                 \
                                 const BackwardOutputs<T, Scalar>& outputs) {     \
       backward_block<Isa>(head, block, gradients, outputs);                      \
     }                                                                            \
@@ -922,13 +929,15 @@ void backward(const Head<T, Scalar>& head, std::optional<int64_t> chunk_bytes,
   torch::stable::parallel_for(0, panels.count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {
       const int64_t first = panels.first(panel), columns = panels.width(panel);
-      for (int64_t m = first; m < std::min(first + columns, rows); ++m)
+      for (int64_t m = first; m < std::min(first + columns, rows); ++m) {
+        const T* target_weight = head.weight + head.label[m] * head.weight_stride;
         for (int64_t d = 0; d < head.depth; ++d) {
-          Scalar sum = 0;
+          Scalar sum = gradients.target_grad[m] * static_cast<Scalar>(target_weight[d]);
           for (const Buffer<Scalar>& part : sums)
             sum += part[padded_depth * first + d * columns + (m - first)];
           grad_rows[head.kept[m] * head.depth + d] = sum;
         }
+      }
     }
   });
 }
