@@ -1,0 +1,233 @@
+"""masked_cross_entropy against the reference in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import memdlm_kernels.flops  # noqa: F401 - registers the formulas
+from memdlm_kernels import _backends, masked_cross_entropy
+from tests.kernels.truth import assert_as_accurate
+
+needs_library = pytest.mark.skipif(
+    _backends.library_missing is not None, reason=str(_backends.library_missing)
+)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+IGNORED = -100
+
+
+def make_inputs(shape, vocabulary, dtype, *, keep=0.6, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = (3 * torch.randn(*shape, vocabulary, generator=generator)).to(dtype)
+    target = torch.randint(vocabulary, shape, generator=generator)
+    target[torch.rand(shape, generator=generator) >= keep] = IGNORED
+    return logits, target
+
+
+def loss_and_gradient(logits, target, *, backend, grad=None, to=None, **options):
+    logits = logits.detach().to(to or logits.dtype).requires_grad_()
+    nll, lse = masked_cross_entropy(logits, target, return_lse=True, backend=backend, **options)
+    assert not lse.requires_grad
+    grad = torch.ones_like(nll) if grad is None else grad.to(nll.dtype)
+    (grad_logits,) = torch.autograd.grad(nll, logits, grad)
+    return {"nll": nll.detach(), "lse": lse, "grad_logits": grad_logits}
+
+
+def assert_cpu_is_accurate(logits, target, **options):
+    actual = loss_and_gradient(logits, target, backend="cpu", **options)
+    truth = loss_and_gradient(logits, target, backend="reference", to=torch.float64, **options)
+    reference = loss_and_gradient(logits, target, backend="reference", **options)
+    for name in truth:
+        if actual[name].dtype == torch.float64:  # the truth itself, but for the order of sums
+            torch.testing.assert_close(actual[name], truth[name], rtol=1e-12, atol=1e-12)
+        else:
+            assert_as_accurate(name, actual[name], truth[name], reference[name])
+    assert (actual["nll"] >= 0).all()
+    ignored = target == IGNORED
+    for value in actual.values():
+        assert not value[ignored].any()
+    return actual
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_reference_gradients(softcap):
+    logits, target = make_inputs((2, 3), 7, torch.float64)
+    token_weight = torch.rand(2, 3, dtype=torch.float64)
+
+    def loss(logits, token_weight):
+        return masked_cross_entropy(
+            logits, target, token_weight=token_weight, softcap=softcap, backend="reference"
+        )
+
+    leaves = [logits.requires_grad_(), token_weight.requires_grad_()]
+    assert torch.autograd.gradcheck(loss, leaves)
+    assert torch.autograd.gradgradcheck(loss, leaves)
+
+
+@pytest.mark.parametrize("backend", [pytest.param("cpu", marks=needs_library), "reference"])
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_is_cross_entropy(backend, reduction):
+    logits, target = make_inputs((4, 5), 30, torch.float64)
+    expected = F.cross_entropy(logits.mT, target, reduction=reduction)
+    actual = masked_cross_entropy(logits, target, reduction=reduction, backend=backend)
+    torch.testing.assert_close(actual, expected)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("softcap", [None, 4.0])
+@pytest.mark.parametrize(
+    ("shape", "vocabulary"),
+    [((), 9), ((1,), 1), ((7,), 11), ((2, 5), 65), ((3, 2, 4), 1000), ((6,), 5003)],
+)
+def test_sizes(dtype, softcap, shape, vocabulary):
+    assert_cpu_is_accurate(*make_inputs(shape, vocabulary, dtype), softcap=softcap)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("keep", [0.0, 1.0], ids=["no row", "every row"])
+def test_masks(dtype, keep):
+    logits, target = make_inputs((4, 5), 100, dtype, keep=keep)
+    assert_cpu_is_accurate(logits, target, grad=torch.rand(4, 5))
+    loss = masked_cross_entropy(logits.requires_grad_(), target, reduction="mean", backend="cpu")
+    loss.backward()  # connected to the graph also where no row is left
+    assert logits.grad.isfinite().all()
+
+
+@needs_library
+def test_no_rows_at_all():
+    actual = assert_cpu_is_accurate(*make_inputs((0,), 10, torch.float32))
+    assert actual["grad_logits"].shape == (0, 10)
+
+
+@needs_library
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_instruction_sets(monkeypatch, capability, dtype):
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", capability)
+    assert_cpu_is_accurate(*make_inputs((20,), 333, dtype), softcap=9.0)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_confident_and_forbidden_words(dtype, softcap):
+    logits, target = make_inputs((20,), 500, dtype, keep=1.0)
+    logits.scatter_(1, target[:, None], 25.0)
+    if softcap is None:  # capped, they would be words like others
+        logits[:, 490:].masked_fill_(target[:, None] < 490, -float("inf"))
+    actual = assert_cpu_is_accurate(logits, target, softcap=softcap)
+    truth = loss_and_gradient(
+        logits, target, backend="reference", to=torch.float64, softcap=softcap
+    )
+    assert actual["nll"].max() < 0.003
+    error = (actual["grad_logits"].double() - truth["grad_logits"]).norm()
+    assert error <= {torch.bfloat16: 2e-3}.get(dtype, 1e-5) * truth["grad_logits"].norm()
+
+
+@needs_library
+def test_ignored_rows_are_not_read():
+    logits, target = make_inputs((20,), 64, torch.float32)
+    clean = loss_and_gradient(logits, target, backend="cpu")
+    logits[target == IGNORED] = float("nan")
+    for backend in ("cpu", "reference"):
+        dirty = loss_and_gradient(logits, target, backend=backend)
+        for name, value in clean.items():
+            torch.testing.assert_close(dirty[name], value)
+
+
+@needs_library
+def test_nan_shows():
+    logits, target = make_inputs((4,), 64, torch.float32, keep=1.0)
+    logits[2, 5] = float("nan")
+    actual = loss_and_gradient(logits, target, backend="cpu")
+    assert actual["nll"].isnan().tolist() == [False, False, True, False]
+    assert actual["grad_logits"][2].isnan().all()
+
+
+@needs_library
+def test_strides():
+    logits, target = make_inputs((6, 4), 33, torch.float32)
+    grad = torch.tensor(0.5).expand(6, 4)
+    expected = loss_and_gradient(logits, target, backend="cpu", grad=grad.clone())
+    strided = logits.permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    actual = loss_and_gradient(strided, target.mT.contiguous().mT, backend="cpu", grad=grad)
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+
+
+@needs_library
+def test_two_backwards_and_no_second_derivative():
+    logits, target = make_inputs((6,), 33, torch.bfloat16)
+    loss = masked_cross_entropy(logits.requires_grad_(), target, reduction="mean", backend="cpu")
+    (first,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, logits, create_graph=True)
+    assert torch.equal(first, second)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(second.sum(), logits)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype):
+    logits, target = make_inputs((2, 3), 9, dtype)
+    torch.library.opcheck(
+        torch.ops.memdlm.masked_cross_entropy.default,
+        (logits.clone().requires_grad_(), target, IGNORED, 3.0, "cpu"),
+    )
+    nll, lse = torch.ops.memdlm.masked_cross_entropy(logits, target, IGNORED, 3.0, "cpu")
+    torch.library.opcheck(
+        torch.ops.memdlm.masked_cross_entropy_backward.default,
+        (torch.rand(2, 3), logits, target, nll, lse, IGNORED, 3.0, "cpu"),
+    )
+
+
+@needs_library
+def test_compile():
+    logits, target = make_inputs((2, 3), 9, torch.float32)
+    logits.requires_grad_()
+
+    def loss(logits, target):
+        return masked_cross_entropy(logits, target, reduction="mean")
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    expected, actual = loss(logits, target), compiled(logits, target)
+    torch.testing.assert_close(actual, expected)
+    for a, b in zip(
+        torch.autograd.grad(actual, logits), torch.autograd.grad(expected, logits), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+@needs_library
+def test_flops():
+    logits, target = make_inputs((6,), 9, torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        masked_cross_entropy(logits.requires_grad_(), target, reduction="sum").backward()
+    assert counter.get_total_flops() == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"logits": torch.zeros(())}, r"logits must be \[..., V\], with V at least 1, got \[\]"),
+        ({"logits": torch.zeros(6, 0)}, "V at least 1"),
+        ({"logits": torch.zeros(6, 9).long()}, "logits must be one of .* got torch.int64"),
+        ({"target": torch.zeros(6)}, "target must be torch.int64, got torch.float32"),
+        ({"target": torch.zeros(5).long()}, r"target must be \[6\] for logits \[6, 9\], got \[5\]"),
+        (
+            {"target": torch.full((6,), 9)},
+            r"target must be in \[0, 9\) or ignore_index -100, got 9",
+        ),
+        ({"target": torch.zeros(6, device="meta").long()}, "target must be on logits' device cpu"),
+        ({"token_weight": torch.ones(5)}, r"token_weight must be \[6\] like target, got \[5\]"),
+        ({"softcap": -1.0}, "softcap must be None or positive and finite, got -1.0"),
+        ({"reduction": "avg"}, "reduction must be one of 'none', 'sum', 'mean', got 'avg'"),
+        ({"backend": "cuda"}, "backend must be None or one of 'cpu', 'reference', got 'cuda'"),
+    ],
+)
+def test_bad_input(change, message):
+    logits, target = make_inputs((6,), 9, torch.float32)
+    with pytest.raises(ValueError, match=message):
+        masked_cross_entropy(**({"logits": logits, "target": target} | change))
