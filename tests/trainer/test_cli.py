@@ -88,7 +88,7 @@ def test_the_commands_are_told(capsys):
     assert "train" in capsys.readouterr().out
     assert main([]) == 2
     assert main(["fly"]) == 2
-    assert "command must be one of train" in capsys.readouterr().err
+    assert "command must be one of " in capsys.readouterr().err
 
 
 def test_every_rejected_argument_has_one_of_the_trainers_names():
