@@ -24,6 +24,7 @@ STABLE_TORCH_LIBRARY(memdlm_C, m) {
       "Tensor target, Tensor? bias, Tensor? index, Tensor nll, Tensor lse, int ignore_index, "
       "float? softcap, int? chunk_bytes, Tensor(a!)? grad_rows, Tensor(b!)? grad_weight, "
       "Tensor(c!)? grad_bias) -> ()");
+  m.def("scatter_rows(Tensor? scale, Tensor rows, Tensor? index, Tensor(a!) out) -> ()");
   m.def(
       "masked_cross_entropy(Tensor logits, Tensor target, int ignore_index, float? softcap, "
       "Tensor(a!) nll, Tensor(b!) lse) -> ()");

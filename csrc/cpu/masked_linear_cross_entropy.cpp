@@ -1022,6 +1022,48 @@ void masked_linear_cross_entropy_backward(Tensor grad_nll, Tensor hidden, Tensor
   });
 }
 
+// out[row] = sum of scale[m] * rows[m] over the m with index[m] = row (m itself without an index),
+// in float32 until the one rounding; zeros where there is none.
+void scatter_rows(std::optional<Tensor> scale, Tensor rows, std::optional<Tensor> index,
+                  Tensor out) {
+  const int64_t count = rows.size(0), out_rows = out.size(0), depth = out.size(1);
+  check_tensor(rows, "rows", rows.scalar_type(), count * depth);
+  if (scale) check_tensor(*scale, "scale", rows.scalar_type(), count);
+  if (index) check_tensor(*index, "index", ScalarType::Long, count);
+  check_tensor(out, "out", out.scalar_type(), out_rows * depth);
+  const auto* destination = index ? static_cast<const int64_t*>(index->const_data_ptr()) : nullptr;
+  // The m of row r are order[first[r]] to order[first[r + 1]], ascending.
+  std::vector<int64_t> first(out_rows + 1), order(count);
+  for (int64_t m = 0; m < count; ++m) {
+    const int64_t row = destination ? destination[m] : m;
+    STD_TORCH_CHECK(0 <= row && row < out_rows, "index out of range");
+    ++first[row + 1];
+  }
+  for (int64_t row = 0; row < out_rows; ++row) first[row + 1] += first[row];
+  std::vector<int64_t> next(first.begin(), first.end() - 1);
+  for (int64_t m = 0; m < count; ++m) order[next[destination ? destination[m] : m]++] = m;
+
+  with_dtype(out.scalar_type(), [&]<class T, class Scalar>(T, Scalar) {
+    STD_TORCH_CHECK(rows.scalar_type() ==
+                        (std::is_same_v<Scalar, double> ? ScalarType::Double : ScalarType::Float),
+                    "rows must be float64 for float64 out, else float32");
+    const auto* from = static_cast<const Scalar*>(rows.const_data_ptr());
+    const auto* factor = scale ? static_cast<const Scalar*>(scale->const_data_ptr()) : nullptr;
+    auto* to = static_cast<T*>(out.mutable_data_ptr());
+    torch::stable::parallel_for(0, out_rows, 64, [&](int64_t begin, int64_t end) {
+      std::vector<Scalar> sum(depth);
+      for (int64_t row = begin; row < end; ++row) {
+        std::fill(sum.begin(), sum.end(), Scalar{0});
+        for (int64_t i = first[row]; i < first[row + 1]; ++i) {
+          const Scalar by = factor ? factor[order[i]] : 1;
+          for (int64_t d = 0; d < depth; ++d) sum[d] += by * from[order[i] * depth + d];
+        }
+        for (int64_t d = 0; d < depth; ++d) to[row * depth + d] = T(sum[d]);
+      }
+    });
+  });
+}
+
 }  // namespace
 }  // namespace memdlm
 
@@ -1029,4 +1071,5 @@ STABLE_TORCH_LIBRARY_IMPL(memdlm_C, CPU, m) {
   m.impl("masked_linear_cross_entropy", TORCH_BOX(&memdlm::masked_linear_cross_entropy));
   m.impl("masked_linear_cross_entropy_backward",
          TORCH_BOX(&memdlm::masked_linear_cross_entropy_backward));
+  m.impl("scatter_rows", TORCH_BOX(&memdlm::scatter_rows));
 }

@@ -103,22 +103,21 @@ def masked_linear_cross_entropy_backward(
         grad_weight if need_grad_weight else None,
         grad_bias if need_grad_bias else None,
     )
-    return (
-        _scatter_rows(grad_rows, index, rows, dtype) if need_grad_hidden else grad_rows.to(dtype),
-        grad_weight,
-        grad_bias.to(dtype),
-    )
+    if need_grad_hidden:
+        grad_rows = _scatter_rows(None, grad_rows, index, rows, dtype)
+    return grad_rows.to(dtype), grad_weight, grad_bias.to(dtype)
 
 
 def masked_linear_cross_entropy_stash_backward(
     grad_nll: Tensor, stash: Tensor, index: Tensor | None, rows: int, dtype: torch.dtype
 ) -> Tensor:
-    return _scatter_rows(grad_nll[:, None] * stash, index, rows, dtype)
+    return _scatter_rows(grad_nll.contiguous(), stash, index, rows, dtype)
 
 
-def _scatter_rows(grad_rows: Tensor, index: Tensor | None, rows: int, dtype: torch.dtype) -> Tensor:
-    """[M, D] to [rows, D] at `index`, rounded to `dtype` once, after duplicates are added up."""
-    if index is not None:
-        zeros = grad_rows.new_zeros(rows, grad_rows.shape[1])
-        grad_rows = zeros.index_add_(0, index, grad_rows)
-    return grad_rows.to(dtype)
+def _scatter_rows(
+    scale: Tensor | None, rows: Tensor, index: Tensor | None, count: int, dtype: torch.dtype
+) -> Tensor:
+    """[count, D] with scale * rows at `index`, rounded to `dtype` once, after duplicates add up."""
+    out = rows.new_empty((count, rows.shape[1]), dtype=dtype)
+    torch.ops.memdlm_C.scatter_rows(scale, rows, None if index is None else index.contiguous(), out)
+    return out
