@@ -21,7 +21,6 @@ from bench.cases import StepCase, step_case
 from bench.timing import interleaved_ms, machine, peak_mib, percentiles, write_rows
 from memdlm.config import DiffusionConfig, MemoryConfig
 from memdlm.data.collator import MaskCollator, noise
-from memdlm.loss import outer_normalizer
 from memdlm.objective import MDLMObjective, MemDLMObjective
 from tests.oracle import draw_fast_weights, training_step
 
@@ -186,7 +185,7 @@ def _all_rows(model: nn.Module, batch: dict[str, Any]) -> None:
     logits = model(input_ids=noisy, is_causal=False, use_cache=False).logits  # [B, L, V]
     nll = F.cross_entropy(logits.transpose(1, 2), clean, reduction="none")  # [B, L]
     weight = (1 / batch["time"]).to(nll.dtype)[:, None] * (noisy != clean)
-    loss = (nll * weight).sum() / outer_normalizer("token", batch["maskable_count"])
+    loss = (nll * weight).sum() / batch["normalizer"]
     loss.backward()
 
 

@@ -8,7 +8,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_type_hints
 
 HELP = ("-h", "--help")
 
@@ -34,8 +34,32 @@ def train(words: Sequence[str]) -> None:
         print(json.dumps(metrics, indent=2))
 
 
+def demo(words: Sequence[str]) -> None:
+    """Train MDLM and MemDLM side by side on real English, and write a report."""
+    from memdlm.demo_options import DemoOptions
+    from memdlm.key_values import describe, read_command_line, suggest, typed
+
+    hints = get_type_hints(DemoOptions)
+    if any(word in HELP for word in words):
+        print("usage: memdlm demo [--key value ...]\n")
+        for name, meaning in _meanings(DemoOptions).items():
+            default = getattr(DemoOptions, name)
+            print(f"  --{name}: {describe(hints[name])} (default {default})\n      {meaning}")
+        return
+    given = read_command_line(words, hints)
+    for key in given:
+        if key not in hints:
+            raise ValueError(f"unknown key {key!r}{suggest(key, hints)}")
+    options = DemoOptions(**{key: typed(key, value, hints[key]) for key, value in given.items()})
+
+    from memdlm.demo import run_demo
+
+    run_demo(options)
+
+
 # A command is a function of the words after its name, and a line here.
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "demo": demo,
     "train": train,
 }
 

@@ -26,7 +26,7 @@ def outer_weight(norm: str, row_weight: Tensor, maskable_count: Tensor) -> Tenso
 def outer_normalizer(norm: str, maskable_count: Tensor) -> int:
     """What the outer loss of these rows is divided by: their maskable tokens, or their number.
 
-    The normaliser of an accumulated batch is the sum of its micro-batches' normalisers.
+    Of an accumulated batch: of the counts of all its micro-batches together.
 
     Args:
         norm: `DiffusionConfig.loss_norm`.

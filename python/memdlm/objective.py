@@ -21,7 +21,6 @@ from memdlm.inner_loop import (
     pre_anchor_boundaries,
     untouched_generators,
 )
-from memdlm.loss import outer_normalizer
 from memdlm_kernels import masked_linear_cross_entropy
 
 
@@ -63,8 +62,8 @@ class MDLMObjective(nn.Module):
 
         Args:
             batch: from `MaskCollator`, on the model's device.
-            normalizer: what the weighted sum is divided by; None for this batch's own
-                `outer_normalizer`. Under gradient accumulation, the whole accumulated batch's.
+            normalizer: what the weighted sum is divided by; None for this batch's own;
+                under gradient accumulation it is the whole accumulated batch's.
 
         Returns:
             The loss, connected to the model's parameters also where no token is masked.
@@ -76,7 +75,7 @@ class MDLMObjective(nn.Module):
             boundary,
             anchor,
             contextlib.nullcontext(),
-            self._divisor(batch, normalizer),
+            batch["normalizer"] if normalizer is None else normalizer,
         )
         return ObjectiveOutput(loss)
 
@@ -89,11 +88,6 @@ class MDLMObjective(nn.Module):
         """The same, by the name that newer versions of transformers have for it."""
         enable: Any = self.model.activation_checkpointing_enable
         enable(**options)
-
-    def _divisor(self, batch: dict[str, Any], normalizer: float | None) -> float:
-        if normalizer is not None:
-            return normalizer
-        return outer_normalizer(self.diffusion.loss_norm, batch["maskable_count"])
 
 
 class MemDLMObjective(MDLMObjective):
@@ -149,7 +143,7 @@ class MemDLMObjective(MDLMObjective):
             anchor,
             batch["anchor"],
             self.fast_weights.reading(),
-            self._divisor(batch, normalizer),
+            batch["normalizer"] if normalizer is None else normalizer,
         )
         return ObjectiveOutput(loss, trace)
 

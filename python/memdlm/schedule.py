@@ -41,4 +41,7 @@ class CosineSchedule:
         return slope / (self.mask_probability(time) + _EPSILON)
 
 
-SCHEDULES: dict[str, LinearSchedule | CosineSchedule] = {"linear": LinearSchedule(), "cosine": CosineSchedule()}
+SCHEDULES: dict[str, LinearSchedule | CosineSchedule] = {
+    "linear": LinearSchedule(),
+    "cosine": CosineSchedule(),
+}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from memdlm.config import DiffusionConfig, MemoryConfig
-from memdlm.loss import inner_weight, outer_weight
+from memdlm.loss import inner_weight, outer_normalizer, outer_weight
 from memdlm.schedule import SCHEDULES
 from memdlm.trajectory import anchor_mask, loss_mask, trajectory
 
@@ -223,8 +223,8 @@ class MaskCollator:
         Returns:
             `input_ids` and `labels` [B, L] int64; `attention_mask` [B, L] bool, absent where
             nothing is padded; `time` [B] float64; `maskable_count` and `memory_seed` [B] int64;
-            `anchor`, a `State` whose weights lack the normaliser; with memory also `trajectory`,
-            K `State`s.
+            `normalizer`, the batch's own, a number; `anchor`, a `State` whose weights lack the
+            normaliser; with memory also `trajectory`, K `State`s.
 
         Raises:
             ValueError: labels that disagree with the ids, lengths that differ, an id outside the
@@ -261,6 +261,7 @@ class MaskCollator:
             "labels": labels,
             "time": time,
             "maskable_count": maskable_count,
+            "normalizer": outer_normalizer(self.diffusion.loss_norm, maskable_count),
             "memory_seed": memory_seed,
             "anchor": make_state(ids, anchor, anchor, weight, self.mask_token_id, is_anchor=True),
         }
