@@ -3,6 +3,9 @@
 It is apart from the package because the counter imports Triton wherever that is installed.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 from torch.utils.flop_counter import register_flop_formula
 
 from memdlm_kernels.lora_linear.op import FLOP_FORMULAS as LORA_LINEAR
@@ -10,4 +13,5 @@ from memdlm_kernels.masked_cross_entropy.op import FLOP_FORMULAS as MASKED_CROSS
 from memdlm_kernels.masked_linear_cross_entropy.op import FLOP_FORMULAS as MASKED_LINEAR
 
 for _op, _formula in {**LORA_LINEAR, **MASKED_CROSS_ENTROPY, **MASKED_LINEAR}.items():
-    register_flop_formula(_op)(_formula)
+    _register: Callable[[Any], Any] = register_flop_formula(_op)
+    _register(_formula)

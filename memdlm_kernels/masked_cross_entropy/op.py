@@ -1,7 +1,7 @@
 """masked_cross_entropy: public function, checks, registration, autograd, backend order."""
 
 import math
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -14,6 +14,32 @@ from memdlm_kernels.masked_cross_entropy import cpu, reference
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+@overload
+def masked_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    token_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    reduction: str = "none",
+    normalizer: float | Tensor | None = None,
+    return_lse: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
+@overload
+def masked_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    token_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    reduction: str = "none",
+    normalizer: float | Tensor | None = None,
+    return_lse: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
 def masked_cross_entropy(
     logits: Tensor,
     target: Tensor,

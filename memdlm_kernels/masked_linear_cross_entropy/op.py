@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -16,6 +16,40 @@ Shape = Sequence[int]
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+@overload
+def masked_linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    index: Tensor | None = None,
+    reduction: str = "none",
+    normalizer: float | Tensor | None = None,
+    return_lse: Literal[False] = False,
+    chunk_bytes: int | None = None,
+    backend: str | None = None,
+) -> Tensor: ...
+@overload
+def masked_linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    index: Tensor | None = None,
+    reduction: str = "none",
+    normalizer: float | Tensor | None = None,
+    return_lse: Literal[True],
+    chunk_bytes: int | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
 def masked_linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
