@@ -66,9 +66,9 @@ class PromptMemory:
             A context under which the model reads the memory, with prompt s in row s of its batch:
             good until the next write.
         """
+        # One example number for all: a prompt's memory does not depend on its place in the batch.
         features: list[dict[str, Any]] = [
-            {"input_ids": prompt, "labels": prompt, "example": number, "epoch": 0}
-            for number, prompt in enumerate(prompts)
+            {"input_ids": prompt, "labels": prompt, "example": 0, "epoch": 0} for prompt in prompts
         ]
         batch = self._collator(features)
         device = self._objective.backbone.head()[0].device
