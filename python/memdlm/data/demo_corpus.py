@@ -5,12 +5,16 @@ import functools
 import pathlib
 import sysconfig
 import zlib
+from collections import deque
 from collections.abc import Iterator
 from pydoc_data import topics
 
 MIN_PASSAGE_CHARACTERS = 200
 VALIDATION_PERCENT = 10
 SPLITS = ("train", "validation")
+Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+# The fields of a statement that hold statements.
+BLOCKS = ("body", "handlers", "orelse", "finalbody", "cases")
 # Not documentation, or absent from some distributions of Python.
 SKIPPED_FOLDERS = frozenset(
     ["site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo"]
@@ -18,10 +22,23 @@ SKIPPED_FOLDERS = frozenset(
 )
 
 
+def _definitions(tree: ast.Module) -> Iterator[Documented]:
+    """Yield the module and its classes and functions, breadth first as `ast.walk`.
+
+    Expressions hold none, and leaving them out takes half of the time.
+    """
+    nodes = deque[ast.AST]([tree])
+    while nodes:
+        node = nodes.popleft()
+        if isinstance(node, Documented):
+            yield node
+        for block in BLOCKS:
+            nodes.extend(getattr(node, block, ()))
+
+
 def _docstrings() -> Iterator[tuple[str, str]]:
-    """Yield (qualified file and line, docstring) of the standard library, without importing it."""
+    """Yield (file and name, docstring) of the standard library, without importing it."""
     root = pathlib.Path(sysconfig.get_path("stdlib"))
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
         if SKIPPED_FOLDERS.intersection(relative.parts):
@@ -30,11 +47,10 @@ def _docstrings() -> Iterator[tuple[str, str]]:
             tree = ast.parse(path.read_text(encoding="utf-8"))
         except (SyntaxError, UnicodeDecodeError):
             continue  # Some installations ship templates and old encodings among their modules.
-        for node in ast.walk(tree):
-            if isinstance(node, kinds):
-                text = ast.get_docstring(node)
-                if text:
-                    yield f"{relative.as_posix()}:{getattr(node, 'name', '')}", text
+        for node in _definitions(tree):
+            text = ast.get_docstring(node)
+            if text:
+                yield f"{relative.as_posix()}:{getattr(node, 'name', '')}", text
 
 
 @functools.cache

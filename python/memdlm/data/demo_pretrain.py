@@ -296,6 +296,8 @@ def save(model: LlamaForCausalLM, folder: pathlib.Path) -> None:
         folder: where to.
     """
     half = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
+    # The head is the embedding; copies of both would be saved twice.
+    del half["lm_head.weight"]
     model.save_pretrained(folder, state_dict=half)
 
 
