@@ -5,9 +5,9 @@ from pathlib import Path
 
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
-import memdlm.data
+import memdlm.demo
 
-_DEMO_BASE = Path(memdlm.data.__file__).parent / "demo_base"
+_DEMO_BASE = Path(memdlm.demo.__file__).parent / "base"
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def train(words: Sequence[str]) -> None:
 
 def demo(words: Sequence[str]) -> None:
     """Train MDLM and MemDLM side by side on real English, and write a report."""
-    from memdlm.demo_options import DemoOptions
+    from memdlm.demo.options import DemoOptions
     from memdlm.key_values import describe, read_command_line, suggest, typed
 
     hints = get_type_hints(DemoOptions)
@@ -52,7 +52,7 @@ def demo(words: Sequence[str]) -> None:
             raise ValueError(f"unknown key {key!r}{suggest(key, hints)}")
     options = DemoOptions(**{key: typed(key, value, hints[key]) for key, value in given.items()})
 
-    from memdlm.demo import run_demo
+    from memdlm.demo.run import run_demo
 
     run_demo(options)
 

@@ -14,7 +14,7 @@ OPS = sorted(path.parent.name for path in KERNELS.glob("*/op.py"))
 ORDER = (
     "config schedule trajectory loss data backbone fast_weights inner_loop objective prompt_memory "
     "inner_log checkpoint trainer models sampler evaluation report key_values options training "
-    "demo_options demo cli"
+    "demo cli"
 ).split()
 WITHOUT_MODULES = ("config", "schedule", "trajectory", "loss")
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from memdlm import demo
 from memdlm.cli import main
+from memdlm.demo import run as demo
 from memdlm.report import results_table
 
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from memdlm.data.demo import IGNORE_INDEX, build_examples, load_text, load_tokenizer
-from memdlm.data.demo_corpus import passages
-from memdlm.data.demo_initialise import OFFSETS, initialise_for_copying
-from memdlm.data.demo_needles import KEYS, answer, statement
-from memdlm.data.demo_pretrain import CURRICULUM, base_config, facts_row, pairs_row, span_row
+from memdlm.demo.corpus import passages
+from memdlm.demo.examples import IGNORE_INDEX, build_examples, load_text, load_tokenizer
+from memdlm.demo.initialise import OFFSETS, initialise_for_copying
+from memdlm.demo.needles import KEYS, answer, statement
+from memdlm.demo.pretrain import CURRICULUM, base_config, facts_row, pairs_row, span_row
 
 
 def test_keys_and_digit_pairs_are_single_tokens() -> None:

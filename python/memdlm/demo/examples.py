@@ -11,10 +11,10 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from memdlm.data.demo_corpus import passages
-from memdlm.data.demo_needles import KEYS, answer, question, statement
+from memdlm.demo.corpus import passages
+from memdlm.demo.needles import KEYS, answer, question, statement
 
-BASE_FOLDER = pathlib.Path(__file__).parent / "demo_base"
+BASE_FOLDER = pathlib.Path(__file__).parent / "base"
 IGNORE_INDEX = -100
 MIN_LENGTH = 96
 TOKENS_PER_DISTRACTOR = 64

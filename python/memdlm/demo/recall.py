@@ -41,7 +41,7 @@ def recall(
 
     Args:
         model: as for `Backbone`, in evaluation mode.
-        examples: recall examples of one length (`memdlm.data.demo.build_examples`).
+        examples: recall examples of one length (`memdlm.demo.examples.build_examples`).
         mask_id: id of the mask token, which is never an answer.
         write: writes a memory from prompts, and returns the context under which it is read.
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from memdlm.data.demo_corpus import passages
-from memdlm.data.demo_needles import KEYS, answer, question, statement
+from memdlm.demo.corpus import passages
+from memdlm.demo.needles import KEYS, answer, question, statement
 
 VOCABULARY = 4096
 PAD, MASK, END = "<pad>", "<mask>", "<eos>"

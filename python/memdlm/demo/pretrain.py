@@ -1,6 +1,6 @@
 """Pre-train the demo's base: plain MDLM on text in which facts repeat, so that copying is learned.
 
-    python -m memdlm.data.demo_pretrain --out FOLDER --minutes 45
+    python -m memdlm.demo.pretrain --out FOLDER --minutes 45
 
 Every token is maskable. The times of a batch are spread evenly over (0.001, 1] with one random
 shift, which leaves the expected loss as it is and lowers its variance (Kingma et al., Variational
@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from memdlm.data.demo import BASE_FOLDER, DemoText, build_examples, load_tokenizer, random_value
-from memdlm.data.demo_initialise import initialise_for_copying
-from memdlm.data.demo_needles import KEYS, answer, question, statement
-from memdlm.data.demo_recall import recall
-from memdlm.data.demo_tokenizer import train_tokenizer
+from memdlm.demo.examples import BASE_FOLDER, DemoText, build_examples, load_tokenizer, random_value
+from memdlm.demo.initialise import initialise_for_copying
+from memdlm.demo.needles import KEYS, answer, question, statement
+from memdlm.demo.recall import recall
+from memdlm.demo.tokenizer import train_tokenizer
 
 TIME_EPSILON = 1e-3
 TOKENS_PER_BATCH = 2048

@@ -23,9 +23,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from memdlm.config import DiffusionConfig, MemoryConfig
 from memdlm.data.collator import MaskCollator
-from memdlm.data.demo import BASE_FOLDER, build_examples, load_tokenizer
-from memdlm.data.demo_recall import Write, no_memory, recall
-from memdlm.demo_options import DemoOptions
+from memdlm.demo.examples import BASE_FOLDER, build_examples, load_tokenizer
+from memdlm.demo.options import DemoOptions
+from memdlm.demo.recall import Write, no_memory, recall
 from memdlm.objective import MDLMObjective, MemDLMObjective, anchor_boundary, outer_loss
 from memdlm.prompt_memory import PromptMemory
 from memdlm.report import write_report

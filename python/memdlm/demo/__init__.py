@@ -1,0 +1,1 @@
+"""The demo: MDLM and MemDLM side by side on English that every machine has."""
