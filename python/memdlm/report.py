@@ -51,7 +51,10 @@ def results_table(results: dict[str, Any]) -> str:
 
 
 def _heading(name: str) -> str:
-    return "NLL, nats/token" if name == "nll" else f"recall at {name.removeprefix('recall_')}"
+    if name == "nll":
+        return "NLL, nats/token"
+    _, length, kind = name.split("_")
+    return f"recall at {length}, {kind}"
 
 
 def _figure(name: str, own: dict[str, float]) -> str:
@@ -76,11 +79,13 @@ its memory with K = {summary["inner_steps"]} inner steps for every batch.
 
 {table}
 
-NLL is the masked-diffusion bound on held-out responses. Recall is the share of values, hidden in a
-held-out prompt of so many tokens, that are filled in exactly when the whole response is masked;
-chance is below 0.1 % for a guess, and 100 / (number of facts in the prompt) % for copying a fact at
-random. "Memory on": each prompt writes its own fast weights before it is answered; for the base and
-MDLM, which were trained without a memory, that row shows what the same procedure does to them.
+NLL is the masked-diffusion bound on held-out responses, each counted alike. Recall is the share of
+the values asked for (one, or all of several) that stand in the response to a held-out prompt of so
+many tokens, when the whole response is masked and filled in at once; chance is below 0.1 % for a
+guess, and 100 / (number of facts in the prompt) % for copying a fact at random. Training prompts
+have {summary["length"]} tokens. "Memory on": each prompt writes its own fast weights before it is
+answered; for the base and MDLM, which were trained without a memory, that row shows what the same
+procedure does to them.
 
 {_finding(summary["results"])}
 
@@ -117,14 +122,19 @@ def _verdict(gain: float) -> str:
 
 
 def _plot_loss(path: Path, rows: list[dict[str, Any]]) -> None:
-    figure, axes = plt.subplots(figsize=(7, 4))
-    for arm in ("MDLM", "MemDLM"):
-        own = [row["loss"] for row in rows if row["arm"] == arm]
+    figure, (above, below) = plt.subplots(2, figsize=(7, 6), sharex=True)
+    losses = {arm: [r["loss"] for r in rows if r["arm"] == arm] for arm in ("MDLM", "MemDLM")}
+    for arm, own in losses.items():
         steps = range(1, len(own) + 1)
-        axes.plot(steps, own, color=COLOURS[arm], alpha=0.2, linewidth=0.8)
-        axes.plot(steps, _smooth(own), color=COLOURS[arm], label=arm)
-    axes.set(xlabel="step", ylabel="training loss", title="Same batches, same masks", yscale="log")
-    axes.legend()
+        above.plot(steps, own, color=COLOURS[arm], alpha=0.2, linewidth=0.8)
+        above.plot(steps, _smooth(own), color=COLOURS[arm], label=f"{arm}, mean of 21 steps")
+    gap = [ours - plain for ours, plain in zip(losses["MemDLM"], losses["MDLM"], strict=True)]
+    below.plot(steps, gap, color=COLOURS["MemDLM"], alpha=0.2, linewidth=0.8)
+    below.plot(steps, _smooth(gap), color=COLOURS["MemDLM"])
+    below.axhline(0, color="black", linewidth=0.8)
+    above.set(ylabel="training loss", ylim=(0, None), title="Same batches, same masks")
+    below.set(xlabel="step", ylabel="MemDLM - MDLM")
+    above.legend()
     _save(figure, path)
 
 
@@ -152,8 +162,9 @@ def _plot_recall(path: Path, results: dict[str, Any]) -> None:
             hatch="//" if on else None,
             label=f"{model}, {state}",
         )
-    axes.set_xticks(range(len(names)), [f"{n.removeprefix('recall_')} tokens" for n in names])
-    axes.set(ylabel="values recalled, %", ylim=(0, 105), title="Needle recall on held-out text")
+    labels = [name.removeprefix("recall_").replace("_", " tokens,\n") for name in names]
+    axes.set_xticks(range(len(names)), [f"{label} asked" for label in labels])
+    axes.set(ylabel="values recalled, %", ylim=(0, 125), title="Needle recall on held-out text")
     axes.legend(fontsize=8, ncols=3, loc="upper center")
     _save(figure, path)
 

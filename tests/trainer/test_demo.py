@@ -26,7 +26,7 @@ def test_the_report_has_every_file_and_both_arms(small, tmp_path, capsys):
     for states in summary["results"].values():
         for figures in states.values():
             assert figures["nll"] > 0
-            assert 0 <= figures["recall_96"] <= 1
+            assert 0 <= figures["recall_96_one"] <= 1
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [(row["step"], row["arm"]) for row in rows] == [
         (1, "MDLM"),

@@ -16,7 +16,7 @@ class DemoOptions:
         ValueError: an option outside its range.
     """
 
-    steps: int = 150
+    steps: int = 300
     out: str = "runs/demo"
     seed: int = 0
 

@@ -34,10 +34,11 @@ def recall(
     mask_id: int,
     write: Write = no_memory,
 ) -> float:
-    """The share of values that are filled in exactly, both tokens, each in its place.
+    """The share of the asked values that stand in the response, in whatever order, as RULER scores.
 
-    The whole response is masked and filled in at once. Chance is 1/9,000 for a value drawn at
-    random, 1/(number of needles) for one copied at random.
+    The whole response is masked and filled in at once; a value counts where both its tokens stand
+    in one of the response's places for values. Chance is 1/9,000 for a value drawn at random,
+    1/(number of needles) for one copied at random.
 
     Args:
         model: as for `Backbone`, in evaluation mode.
@@ -61,9 +62,9 @@ def recall(
         rows = torch.zeros(len(batch), width, dtype=torch.int64)
         wanted = torch.full((len(batch), width), -1)
         for row, own in enumerate(starts):
-            places = torch.tensor([start + i for start in own for i in range(VALUE_TOKENS)])
-            rows[row, : len(places)] = places
-            wanted[row, : len(places)] = tokens[row, places]
+            position = torch.tensor([start + i for start in own for i in range(VALUE_TOKENS)])
+            rows[row, : len(position)] = position
+            wanted[row, : len(position)] = tokens[row, position]
         with write([row[~own].tolist() for row, own in zip(tokens, masked, strict=True)]):
             noisy = tokens.masked_fill(masked, mask_id)
             context = backbone.context(noisy, None, rows)
@@ -75,7 +76,10 @@ def recall(
             )  # [B * W, D]
         logits = hidden @ weight.mT
         logits[:, mask_id] = -torch.inf
-        same = (logits.argmax(-1).view_as(rows) == wanted).unflatten(1, (-1, VALUE_TOKENS))
-        right += int(same.all(-1).sum())
-        asked += sum(map(len, starts))
+        filled = logits.argmax(-1).view_as(rows).unflatten(1, (-1, VALUE_TOKENS))
+        places = (wanted >= 0).unflatten(1, (-1, VALUE_TOKENS)).all(-1)  # [B, places]
+        values = wanted.unflatten(1, (-1, VALUE_TOKENS))
+        same = (filled[:, :, None] == values[:, None]).all(-1)  # [B, place, value]
+        right += int((same & places[:, :, None]).any(1).sum())
+        asked += int(places.sum())
     return right / asked
