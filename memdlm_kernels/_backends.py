@@ -35,6 +35,17 @@ class Backend:
     unfit: Callable[..., str | None]
 
 
+def _cpu_unfit(device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return f"the tensors are on {device.type}"
+    return library_missing
+
+
+# Both look at the device of the op's tensors.
+CPU = Backend("cpu", _cpu_unfit)
+REFERENCE = Backend("reference", lambda device: None)
+
+
 def choose(op: str, order: Sequence[Backend], requested: str | None, *facts: Any) -> str:
     """Name of the backend that runs `op` on these inputs.
 

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from memdlm_kernels import _backends
-from memdlm_kernels._backends import Backend, choose
+from memdlm_kernels._backends import CPU, REFERENCE, choose
 from memdlm_kernels._segments import check_flat, check_segments
 from memdlm_kernels.fast_weight_reset import cpu, reference
 
@@ -81,16 +80,7 @@ def _check(param: Tensor, segments: Tensor, bounds: Tensor, seed: Tensor) -> Non
         raise ValueError(f"bounds must be finite and at least 0, got {bounds.tolist()}")
 
 
-def _cpu_unfit(device: torch.device) -> str | None:
-    if device.type != "cpu":
-        return f"the tensors are on {device.type}"
-    return _backends.library_missing
-
-
-_ORDER = (
-    Backend("cpu", _cpu_unfit),
-    Backend("reference", lambda device: None),
-)
+_ORDER = (CPU, REFERENCE)
 _IMPLEMENTATION = {"cpu": cpu.fast_weight_reset_}
 
 

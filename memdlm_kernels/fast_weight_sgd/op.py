@@ -5,8 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from memdlm_kernels import _backends
-from memdlm_kernels._backends import Backend, choose
+from memdlm_kernels._backends import CPU, REFERENCE, choose
 from memdlm_kernels._segments import check_flat, check_segments
 from memdlm_kernels.fast_weight_sgd import cpu, reference
 
@@ -101,16 +100,7 @@ def _check(
         raise ValueError(f"loss must be on param's device {param.device}, got {loss.device}")
 
 
-def _cpu_unfit(device: torch.device) -> str | None:
-    if device.type != "cpu":
-        return f"the tensors are on {device.type}"
-    return _backends.library_missing
-
-
-_ORDER = (
-    Backend("cpu", _cpu_unfit),
-    Backend("reference", lambda device: None),
-)
+_ORDER = (CPU, REFERENCE)
 _IMPLEMENTATION = {"cpu": cpu.fast_weight_sgd_}
 
 

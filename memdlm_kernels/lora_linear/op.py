@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memdlm_kernels import _backends
-from memdlm_kernels._backends import Backend, choose
+from memdlm_kernels._backends import CPU, REFERENCE, choose
 from memdlm_kernels.lora_linear import cpu, reference
 
 Shape = Sequence[int]
@@ -100,16 +99,7 @@ def _check(x: Tensor, base: Tensor, A: Tensor, B: Tensor, scale: float) -> None:
         raise ValueError(f"scale must be finite, got {scale}")
 
 
-def _cpu_unfit(device: torch.device) -> str | None:
-    if device.type != "cpu":
-        return f"the tensors are on {device.type}"
-    return _backends.library_missing
-
-
-_ORDER = (
-    Backend("cpu", _cpu_unfit),
-    Backend("reference", lambda device: None),
-)
+_ORDER = (CPU, REFERENCE)
 _FORWARD = {"cpu": cpu.lora_linear}
 _BACKWARD = {"cpu": cpu.lora_linear_backward}
 

@@ -6,8 +6,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from memdlm_kernels import _backends
-from memdlm_kernels._backends import Backend, choose
+from memdlm_kernels._backends import CPU, REFERENCE, choose
 from memdlm_kernels._reduction import check_reduction, check_targets, is_eager_cpu, reduce_nll
 from memdlm_kernels.masked_cross_entropy import cpu, reference
 
@@ -116,13 +115,7 @@ def _check(logits: Tensor, target: Tensor, softcap: float | None) -> None:
         raise ValueError(f"softcap must be None or positive and finite, got {softcap}")
 
 
-def _cpu_unfit(device: torch.device) -> str | None:
-    if device.type != "cpu":
-        return f"the tensors are on {device.type}"
-    return _backends.library_missing
-
-
-_ORDER = (Backend("cpu", _cpu_unfit), Backend("reference", lambda device: None))
+_ORDER = (CPU, REFERENCE)
 _FORWARD = {"cpu": cpu.masked_cross_entropy}
 _BACKWARD = {"cpu": cpu.masked_cross_entropy_backward}
 
