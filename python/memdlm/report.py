@@ -1,6 +1,7 @@
 """The demo's report: a table on the terminal, `summary.json`, `report.md` and plots."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ have {summary["length"]} tokens. "Memory on": each prompt writes its own fast we
 answered; for the base and MDLM, which were trained without a memory, that row shows what the same
 procedure does to them.
 
-{_finding(summary["results"])}
+{_finding(summary["results"], summary["recall_examples"])}
 
 {_cost_sentence(summary["cost"])} ({summary["threads"]} threads, torch {summary["torch"]})
 
@@ -99,25 +100,32 @@ procedure does to them.
 """
 
 
-def _finding(results: dict[str, Any]) -> str:
+def _finding(results: dict[str, Any], questions: int) -> str:
     """What the table says, in words, whichever way it went."""
     off, on = (results["MemDLM"][state] for state in STATES)
     plain = results["MDLM"][STATES[0]]
-    lines = ["What this run says (one seed, a small model):", ""]
+    lines = [
+        "What this run says (one seed, a small model). Differences of NLL within 1 % and of recall",
+        "within two standard errors, are called even.",
+        "",
+    ]
     for name in off:
-        better = -1 if name == "nll" else 1
-        trained = better * (off[name] - plain[name])
-        inferred = better * (on[name] - off[name])
         lines.append(
-            f"- {_heading(name)}: MemDLM with memory off is {_verdict(trained)} MDLM; turning the "
-            f"memory on is {_verdict(inferred)} leaving it off."
+            f"- {_heading(name)}: MemDLM with memory off is "
+            f"{_verdict(name, off[name], plain[name], questions)} MDLM; turning the memory on is "
+            f"{_verdict(name, on[name], off[name], questions)} leaving it off."
         )
     return "\n".join(lines)
 
 
-def _verdict(gain: float) -> str:
-    if gain == 0:
-        return "equal to"
+def _verdict(name: str, ours: float, theirs: float, questions: int) -> str:
+    if name == "nll":
+        gain, noise = theirs - ours, 0.01 * theirs
+    else:
+        share = (ours + theirs) / 2
+        gain, noise = ours - theirs, 2 * math.sqrt(2 * share * (1 - share) / questions)
+    if abs(gain) <= noise:
+        return "even with"
     return "better than" if gain > 0 else "worse than"
 
 

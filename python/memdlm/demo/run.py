@@ -101,6 +101,7 @@ def run_demo(options: DemoOptions) -> dict[str, Any]:
         "parameters": base.num_parameters(),
         "batch_size": BATCH_SIZE,
         "length": LENGTH,
+        "recall_examples": RECALL_EXAMPLES,
         "inner_steps": MemoryConfig().inner_steps,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
