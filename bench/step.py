@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
 from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdpa_flop_count
 from transformers import AutoModelForCausalLM
 
@@ -165,18 +166,8 @@ def _batches(
             }
             for b in range(case.batch_size)
         ]
-        batches.append(_to(collator(features), device))
+        batches.append(send_to_device(collator(features), device))
     return batches
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: _to(item, device) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_to(item, device) for item in value]
-    return value
 
 
 def _all_rows(model: nn.Module, batch: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from accelerate.utils import send_to_device
 from torch import nn
 
 from memdlm.config import DiffusionConfig, MemoryConfig
@@ -72,17 +73,9 @@ class PromptMemory:
         ]
         batch = self._collator(features)
         device = self._objective.backbone.head()[0].device
-        self._objective.write_memory(_to(batch, device))
+        self._objective.write_memory(send_to_device(batch, device))
         return self._objective.fast_weights.reading()
 
     def detach(self) -> None:
         """Take the fast weights' hooks off the model."""
         self._objective.fast_weights.detach()
-
-
-def _to(value: Any, device: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _to(item, device) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_to(item, device) for item in value]
-    return value.to(device) if hasattr(value, "to") else value

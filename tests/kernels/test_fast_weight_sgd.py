@@ -5,14 +5,11 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from memdlm_kernels import _backends, fast_weight_sgd_
+from memdlm_kernels import fast_weight_sgd_
 from memdlm_kernels.fast_weight_sgd import reference
 from tests.kernels.truth import assert_as_accurate
 
-needs_library = pytest.mark.skipif(
-    _backends.library_missing is not None, reason=str(_backends.library_missing)
-)
-BACKENDS = [pytest.param("cpu", marks=needs_library), "reference"]
+BACKENDS = ["cpu", "reference"]
 CLIPS = ["tensor", "global", "none"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
 # Empty segments at the start, within and at the end; one longer than the kernel's block.
@@ -57,7 +54,6 @@ def test_is_the_loop_over_tensors(backend, clip):
     assert torch.equal(grad, before)
 
 
-@needs_library
 @pytest.mark.parametrize("clip", CLIPS)
 @pytest.mark.parametrize("grad_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -177,7 +173,6 @@ def test_a_leaf_that_requires_grad(backend):
         kept.backward()
 
 
-@needs_library
 def test_same_bits_whatever_the_threads():
     threads = torch.get_num_threads()
     results = []
@@ -220,7 +215,6 @@ def test_reference_derivative_at_zero_gradient(clip):
     torch.testing.assert_close(slope, torch.full((1, 4), -LR))
 
 
-@needs_library
 @pytest.mark.parametrize("loss", [None, torch.tensor([1.0, math.nan, 2.0])])
 def test_opcheck(loss):
     param, grad = inputs(dtype=torch.bfloat16, grad_dtype=torch.float32)

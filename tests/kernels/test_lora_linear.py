@@ -7,13 +7,10 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 import memdlm_kernels.flops  # noqa: F401 - registers the formulas
-from memdlm_kernels import _backends, lora_linear
+from memdlm_kernels import lora_linear
 from tests.kernels.truth import assert_as_accurate
 
-needs_library = pytest.mark.skipif(
-    _backends.library_missing is not None, reason=str(_backends.library_missing)
-)
-BACKENDS = [pytest.param("cpu", marks=needs_library)]
+BACKENDS = ["cpu"]
 # lora_alpha / R of the paper. With a scale that is no power of two the reference rounds once more
 # than a backend, and by luck, in a 16-bit tensor of a few elements, back towards the truth.
 SCALE = 2.0
@@ -100,7 +97,6 @@ def test_reference_gradcheck(per_sample):
     assert torch.autograd.gradgradcheck(function, tensors)
 
 
-@needs_library
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_cpu_gradcheck(per_sample):
     tensors = inputs((2, 3), 4, 5, 2, dtype=torch.float64, per_sample=per_sample)
@@ -181,7 +177,6 @@ def test_autocast(backend):
     assert torch.equal(out, expected)
 
 
-@needs_library
 @pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
 def test_opcheck(per_sample, weight_dtype):

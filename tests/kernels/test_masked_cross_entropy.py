@@ -6,12 +6,9 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import memdlm_kernels.flops  # noqa: F401 - registers the formulas
-from memdlm_kernels import _backends, masked_cross_entropy
+from memdlm_kernels import masked_cross_entropy
 from tests.kernels.truth import assert_as_accurate
 
-needs_library = pytest.mark.skipif(
-    _backends.library_missing is not None, reason=str(_backends.library_missing)
-)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 IGNORED = -100
 
@@ -64,7 +61,7 @@ def test_reference_gradients(softcap):
     assert torch.autograd.gradgradcheck(loss, leaves)
 
 
-@pytest.mark.parametrize("backend", [pytest.param("cpu", marks=needs_library), "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 def test_is_cross_entropy(backend, reduction):
     logits, target = make_inputs((4, 5), 30, torch.float64)
@@ -73,7 +70,6 @@ def test_is_cross_entropy(backend, reduction):
     torch.testing.assert_close(actual, expected)
 
 
-@needs_library
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("softcap", [None, 4.0])
 @pytest.mark.parametrize(
@@ -84,7 +80,6 @@ def test_sizes(dtype, softcap, shape, vocabulary):
     assert_cpu_is_accurate(*make_inputs(shape, vocabulary, dtype), softcap=softcap)
 
 
-@needs_library
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("keep", [0.0, 1.0], ids=["no row", "every row"])
 def test_masks(dtype, keep):
@@ -95,13 +90,11 @@ def test_masks(dtype, keep):
     assert logits.grad.isfinite().all()
 
 
-@needs_library
 def test_no_rows_at_all():
     actual = assert_cpu_is_accurate(*make_inputs((0,), 10, torch.float32))
     assert actual["grad_logits"].shape == (0, 10)
 
 
-@needs_library
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_instruction_sets(monkeypatch, capability, dtype):
@@ -109,7 +102,6 @@ def test_instruction_sets(monkeypatch, capability, dtype):
     assert_cpu_is_accurate(*make_inputs((20,), 333, dtype), softcap=9.0)
 
 
-@needs_library
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("softcap", [None, 30.0])
 def test_confident_and_forbidden_words(dtype, softcap):
@@ -126,7 +118,6 @@ def test_confident_and_forbidden_words(dtype, softcap):
     assert error <= {torch.bfloat16: 2e-3}.get(dtype, 1e-5) * truth["grad_logits"].norm()
 
 
-@needs_library
 def test_ignored_rows_are_not_read():
     logits, target = make_inputs((20,), 64, torch.float32)
     clean = loss_and_gradient(logits, target, backend="cpu")
@@ -137,7 +128,6 @@ def test_ignored_rows_are_not_read():
             torch.testing.assert_close(dirty[name], value)
 
 
-@needs_library
 def test_nan_shows():
     logits, target = make_inputs((4,), 64, torch.float32, keep=1.0)
     logits[2, 5] = float("nan")
@@ -146,7 +136,6 @@ def test_nan_shows():
     assert actual["grad_logits"][2].isnan().all()
 
 
-@needs_library
 def test_strides():
     logits, target = make_inputs((6, 4), 33, torch.float32)
     grad = torch.tensor(0.5).expand(6, 4)
@@ -157,7 +146,6 @@ def test_strides():
         assert torch.equal(actual[name], value), name
 
 
-@needs_library
 def test_two_backwards_and_no_second_derivative():
     logits, target = make_inputs((6,), 33, torch.bfloat16)
     loss = masked_cross_entropy(logits.requires_grad_(), target, reduction="mean", backend="cpu")
@@ -168,7 +156,6 @@ def test_two_backwards_and_no_second_derivative():
         torch.autograd.grad(second.sum(), logits)
 
 
-@needs_library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(dtype):
     logits, target = make_inputs((2, 3), 9, dtype)
@@ -183,7 +170,6 @@ def test_opcheck(dtype):
     )
 
 
-@needs_library
 def test_compile():
     logits, target = make_inputs((2, 3), 9, torch.float32)
     logits.requires_grad_()
@@ -200,7 +186,6 @@ def test_compile():
         torch.testing.assert_close(a, b)
 
 
-@needs_library
 def test_flops():
     logits, target = make_inputs((6,), 9, torch.float32)
     with FlopCounterMode(display=False) as counter:

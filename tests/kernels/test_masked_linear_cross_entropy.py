@@ -6,12 +6,9 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import memdlm_kernels.flops  # noqa: F401 - registers the formulas
-from memdlm_kernels import _backends, masked_linear_cross_entropy
+from memdlm_kernels import masked_linear_cross_entropy
 from tests.kernels.truth import assert_as_accurate
 
-needs_library = pytest.mark.skipif(
-    _backends.library_missing is not None, reason=str(_backends.library_missing)
-)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 IGNORED = -100
 
@@ -100,7 +97,6 @@ def test_reference_is_cross_entropy(reduction):
 # --- The CPU backend -----------------------------------------------------------------------------
 
 
-@needs_library
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
 @pytest.mark.parametrize(
@@ -112,7 +108,6 @@ def test_sizes(dtype, trainable, rows, depth, vocabulary):
     assert_cpu_is_accurate(inputs, trainable=trainable, grad=torch.rand(rows))
 
 
-@needs_library
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
 @pytest.mark.parametrize("softcap", [None, 4.0])
@@ -124,7 +119,6 @@ def test_bias_softcap_and_small_chunks(dtype, trainable, softcap):
         )
 
 
-@needs_library
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_instruction_sets(monkeypatch, capability, dtype):
@@ -134,7 +128,6 @@ def test_instruction_sets(monkeypatch, capability, dtype):
     assert_cpu_is_accurate(make_inputs(60, 40, 333, dtype, bias=True))
 
 
-@needs_library
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
 @pytest.mark.parametrize("keep", [0.0, 1.0], ids=["no row", "every row"])
@@ -145,7 +138,6 @@ def test_masks(dtype, trainable, keep):
         assert all(not value.any() for value in actual.values())
 
 
-@needs_library
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
 def test_no_rows_at_all(dtype, trainable):
@@ -158,7 +150,6 @@ def test_no_rows_at_all(dtype, trainable):
     assert loss.item() == 0
 
 
-@needs_library
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
 def test_index_with_duplicates(dtype, trainable):
@@ -169,7 +160,6 @@ def test_index_with_duplicates(dtype, trainable):
     assert not actual["grad_hidden"][12:].any()
 
 
-@needs_library
 @pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
 def test_ignored_rows_are_not_read(trainable):
     inputs = make_inputs(20, 16, 64, torch.float32)
@@ -181,7 +171,6 @@ def test_ignored_rows_are_not_read(trainable):
             torch.testing.assert_close(dirty[name], value)
 
 
-@needs_library
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_not_finite_shows_and_stays_in_its_row(bad, dtype):
@@ -196,7 +185,6 @@ def test_what_is_not_finite_shows_and_stays_in_its_row(bad, dtype):
         assert torch.equal(dirty[name][others], clean[name][others])
 
 
-@needs_library
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_forbidden_words(dtype):
     """A bias of -inf takes a word out of the softmax."""
@@ -208,7 +196,6 @@ def test_forbidden_words(dtype):
     assert actual["nll"].isfinite().all()
 
 
-@needs_library
 def test_inputs_that_are_not_contiguous():
     inputs = make_inputs(30, 16, 64, torch.float32, bias=True)
     expected = loss_and_gradients(inputs, backend="cpu", trainable=True)
@@ -220,7 +207,6 @@ def test_inputs_that_are_not_contiguous():
         assert torch.equal(actual[name], value), name
 
 
-@needs_library
 @pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
 def test_stride_0_gradient(trainable):
     inputs = make_inputs(30, 16, 64, torch.float32)
@@ -231,7 +217,6 @@ def test_stride_0_gradient(trainable):
         assert torch.equal(actual[name], value), name
 
 
-@needs_library
 @pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
 def test_two_backwards(trainable):
     inputs = make_inputs(30, 16, 64, torch.bfloat16)
@@ -243,7 +228,6 @@ def test_two_backwards(trainable):
     assert torch.equal(first, second)
 
 
-@needs_library
 @pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
 def test_second_derivative_is_refused(trainable):
     inputs = make_inputs(30, 16, 64, torch.float32)
@@ -266,7 +250,6 @@ def confident_inputs(dtype, margin):
     return {"hidden": (hidden + noise).to(dtype), "weight": weight, "target": target}
 
 
-@needs_library
 @pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
 @pytest.mark.parametrize("margin", [18.0, 24.0])
 @pytest.mark.parametrize(
@@ -282,7 +265,6 @@ def test_confident_tokens(dtype, bar, margin, trainable):
         assert error <= bar, name
 
 
-@needs_library
 def test_losses_are_never_negative():
     inputs = confident_inputs(torch.bfloat16, 200.0)
     actual = loss_and_gradients(inputs, backend="cpu")
@@ -290,7 +272,6 @@ def test_losses_are_never_negative():
     assert actual["grad_hidden"].isfinite().all()
 
 
-@needs_library
 def test_result_does_not_depend_on_timing():
     inputs = make_inputs(300, 64, 2000, torch.bfloat16)
     first = loss_and_gradients(inputs, backend="cpu", trainable=True)
@@ -303,7 +284,7 @@ def test_result_does_not_depend_on_timing():
 # --- Reduction, registration, errors -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", [pytest.param("cpu", marks=needs_library), "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_reductions(backend):
     inputs = make_inputs(30, 16, 64, torch.bfloat16)
     token_weight = torch.rand(30, dtype=torch.bfloat16, requires_grad=True)
@@ -327,7 +308,6 @@ def test_reductions(backend):
     torch.testing.assert_close(grad, nll.to(torch.bfloat16))
 
 
-@needs_library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
 def test_opcheck(dtype, trainable):
@@ -340,7 +320,6 @@ def test_opcheck(dtype, trainable):
         torch.library.opcheck(torch.ops.memdlm.masked_linear_cross_entropy.default, arguments)
 
 
-@needs_library
 def test_opcheck_of_the_backward_ops():
     inputs = make_inputs(6, 5, 9, torch.bfloat16, bias=True)
     hidden, weight, target, bias = inputs.values()
@@ -360,7 +339,6 @@ def test_opcheck_of_the_backward_ops():
         )
 
 
-@needs_library
 @pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
 def test_compile(trainable):
     inputs = make_inputs(6, 5, 9, torch.float32)
@@ -380,7 +358,6 @@ def test_compile(trainable):
         torch.testing.assert_close(a, b)
 
 
-@needs_library
 def test_flops():
     inputs = make_inputs(6, 5, 9, torch.float32)
     inputs["hidden"].requires_grad_()
@@ -395,7 +372,6 @@ def test_flops():
     assert counter.get_total_flops() == product
 
 
-@needs_library
 def test_autocast():
     inputs = make_inputs(6, 5, 9, torch.float32, bias=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
