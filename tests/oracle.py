@@ -113,7 +113,8 @@ def inner_targets(memory, states, anchor, step):
 def adapted_modules(model, memory):
     """Names of the linear layers that get fast weights, in the order of the model."""
     kinds = FFN + (ATTENTION if memory.target == "ffn+attention" else ())
-    pattern = re.compile(r"\blayers\.(\d+)\.(?:mlp|self_attn)\.(" + "|".join(kinds) + ")$")
+    inside = r"(?:self_attn|mlp|mlp\.experts\.\d+|mlp\.shared_experts)"
+    pattern = re.compile(rf"\blayers\.(\d+)\.{inside}\.(" + "|".join(kinds) + ")$")
     layers = model.config.num_hidden_layers
     first = math.floor(layers * (1 - Fraction(str(memory.layer_fraction))))
     found = ((name, pattern.search(name)) for name, _ in model.named_modules())
@@ -181,6 +182,9 @@ def token_nll(model, input_ids, attention_mask, masked, mask_id):
         bias = bias.masked_fill(~visible, torch.finfo(model.dtype).min)
     output = model(input_ids=state, attention_mask=bias, is_causal=False, use_cache=False)
     logits = output.logits  # [B, L, V]
+    if getattr(model.config, "right_shift_logits", False):
+        # Those of a position are the next token's; the first token has none but its own.
+        logits = torch.cat((logits[:, :1], logits[:, :-1]), dim=1)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits.transpose(1, 2), input_ids, reduction="none")
 
@@ -255,7 +259,8 @@ def training_step(
     """One step of MemDLM, or of plain MDLM with `memory=None`: gradients are added to `.grad`.
 
     Args:
-        model: an ordinary causal LM of Hugging Face, with SDPA attention.
+        model: an ordinary causal LM of Hugging Face, with SDPA attention, or one of `tests.plain`;
+            experts are separate linear layers.
         input_ids: [B, L] int64, clean and padded on the right.
         labels: [B, L] int64; -100 marks what is never masked.
         attention_mask: [B, L], 0 on padding, or None.

@@ -20,8 +20,8 @@ EVEN = ((10, 3), (10, 0), (10, 9))
 def make_model(family="llama", layers=4, tied=False, dtype=torch.float64, **options):
     """A causal LM as Hugging Face makes it, with weights (norms too) far from their start.
 
-    In float64 its norms compute in float64 as well: Hugging Face's round to float32 inside, where a
-    difference of 1e-16 may become one of 1e-8.
+    In float64 its norms compute in float64 as well (`norms_in_float64`): Hugging Face's round to
+    float32 inside, where a difference of 1e-16 may become one of 1e-8.
     """
     config = CONFIGS[family](
         vocab_size=VOCABULARY,
@@ -38,11 +38,7 @@ def make_model(family="llama", layers=4, tied=False, dtype=torch.float64, **opti
     )
     model = AutoModelForCausalLM.from_config(config).to(dtype)
     if dtype == torch.float64:
-        norms = [name for name, module in model.named_modules() if "RMSNorm" in repr(type(module))]
-        for name in norms:
-            old = model.get_submodule(name)
-            new = torch.nn.RMSNorm(old.weight.shape, old.variance_epsilon, dtype=dtype)
-            model.set_submodule(name, new)
+        norms_in_float64(model)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -50,6 +46,15 @@ def make_model(family="llama", layers=4, tied=False, dtype=torch.float64, **opti
             if "norm" in name:
                 parameter.add_(1)
     return model.train()
+
+
+def norms_in_float64(model):
+    """Replace the norms of Hugging Face."""
+    norms = [name for name, module in model.named_modules() if "RMSNorm" in repr(type(module))]
+    for name in norms:
+        old = model.get_submodule(name)
+        new = torch.nn.RMSNorm(old.weight.shape, old.variance_epsilon, dtype=torch.float64)
+        model.set_submodule(name, new)
 
 
 def make_features(shapes=RAGGED, epoch=0, seed=0):

@@ -1,12 +1,12 @@
 """The split of a decoder: the prefix below the fast weights, the suffix with them, the head.
 
 A decoder of n layers is 2n halves: half 2i is the attention of layer i, half 2i + 1 its FFN. The
-prefix is the halves before the first adapted one. The last layer computes only the rows whose loss
-is taken: its keys and values need every row, but nothing else does.
+prefix is the halves before the first adapted one; where that is an FFN, its norm and its router are
+prefix too. The last layer computes only the rows whose loss is taken: its keys and values need
+every row, but nothing else does.
 """
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,8 +17,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.masking_utils import create_bidirectional_mask
 
+from memdlm import experts
+from memdlm.block_mask import block_flex_mask, block_mask
+from memdlm.models.rotary import rotate
+
 # Pre-norm decoders: h + attention(norm(h)), then h + ffn(norm(h)), no multipliers in between.
-FAMILIES = ("llama", "qwen2", "qwen3")
+FAMILIES = ("llama", "qwen2", "qwen3", "olmoe", "llada", "llada2_moe", "Dream")
 
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 FFN_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -28,10 +32,12 @@ FFN_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 class Context:
     """What every layer needs beside the hidden state.
 
+    L is the number of positions that run: the tokens, or with block diffusion twice as many.
+
     Attributes:
-        rotary: cos and sin, each [1, L, head_dim].
-        mask: what the model's attention implementation takes for padding, None where there is none.
-        visible: [B, 1, 1, L] bool, the same for `scaled_dot_product_attention`, or None.
+        rotary: cos and sin, each [1, L, rotary_dim].
+        mask: what the model's attention implementation takes, None where every token is visible.
+        visible: [B, 1, 1, L] or [B or 1, 1, L, L] bool, what a query sees, or None.
         rows: [B, W] int64, positions of the rows that the last layer computes.
     """
 
@@ -41,22 +47,59 @@ class Context:
     rows: Tensor
 
 
+@dataclass(frozen=True)
+class Activations:
+    """What the halves before the boundary hand to those behind it.
+
+    Attributes:
+        hidden: [B, L, D], or [B, W, D] behind the last layer's attention.
+        ffn: where the boundary lies before an FFN, its normed input, of hidden's shape; and, where
+            that FFN has experts, the router's weights and indices, each [B L, k].
+    """
+
+    hidden: Tensor
+    ffn: tuple[Tensor, ...] = ()
+
+    def detach(self) -> "Activations":
+        """The same, without a graph."""
+        return Activations(self.hidden.detach(), tuple(part.detach() for part in self.ffn))
+
+    def chunk(self, count: int) -> list["Activations"]:
+        """Cut a batch of `count` states into one for each."""
+        ffn = zip(*(part.chunk(count) for part in self.ffn), strict=True)
+        own = list(ffn) if self.ffn else [()] * count
+        return [Activations(h, f) for h, f in zip(self.hidden.chunk(count), own, strict=True)]
+
+
 class Backbone:
-    """A Hugging Face decoder, bidirectional, that runs in two parts.
+    """A decoder that runs in two parts, with bidirectional attention.
 
     Replaces `model(input_ids, attention_mask).logits[masked]` without the [B, L, V] logits and
-    without the last layer's unread rows. The model itself is not changed.
+    without the last layer's unread rows. The model itself is not changed, but for the function
+    that runs its stacked experts.
+
+    With a block size b it is block diffusion instead (BD3-LM, LLaDA2.x): the noisy tokens and the
+    clean ones run side by side, and a noisy token sees its own block of b noisy tokens and the
+    clean tokens of the blocks before.
 
     Args:
         model: a causal LM of one of `FAMILIES`, or a PEFT model of one.
         boundary: the first half of the suffix, in [0, 2n]; None for 2n, no suffix at all.
+        block_size: tokens of a block, at least 1; None where every token sees every other.
+
+    Attributes:
+        right_shift_logits: whether the logits of a position are those of the next token.
 
     Raises:
         ValueError: a model of another family, one with sliding-window attention, or a head that is
             not one linear layer.
     """
 
-    def __init__(self, model: nn.Module, boundary: int | None = None) -> None:
+    right_shift_logits: bool
+
+    def __init__(
+        self, model: nn.Module, boundary: int | None = None, block_size: int | None = None
+    ) -> None:
         base: Any = model
         if hasattr(base, "get_base_model"):  # a PEFT model
             base = base.get_base_model()
@@ -71,6 +114,8 @@ class Backbone:
                 f"model must use full attention in every layer, got layer_types {layer_types}"
             )
         self.config = config
+        self.block_size = block_size
+        self.right_shift_logits = bool(getattr(config, "right_shift_logits", False))
         self.decoder = base.get_decoder()
         self.layers: Any = self.decoder.layers
         self.half_count = 2 * len(self.layers)
@@ -79,6 +124,10 @@ class Backbone:
             raise ValueError(f"boundary must be in [0, {self.half_count}], got {boundary}")
         self._head = base.get_output_embeddings()
         self.head()
+        for layer in self.layers:
+            if _is_sparse(layer.mlp):
+                own = experts.stacked_experts(layer.mlp.experts)
+                own.config._experts_implementation = experts.IMPLEMENTATION
 
     def head(self) -> tuple[Tensor, Tensor | None]:
         """Weight [V, D] and bias [V] or None of the output layer.
@@ -106,16 +155,39 @@ class Backbone:
 
         Returns:
             A `Context` for `prefix` and `suffix`.
+
+        Raises:
+            ValueError: a block size that does not divide L.
         """
         batch_size, length = input_ids.shape
         weight = self.layers[0].input_layernorm.weight
-        like = weight.new_empty(()).expand(batch_size, length, self.config.hidden_size)
         positions = torch.arange(length, device=input_ids.device)[None]
+        if self.block_size is not None:
+            positions = torch.cat((positions, positions), dim=1)
+            if attention_mask is not None:
+                attention_mask = torch.cat((attention_mask, attention_mask), dim=1)
+        like = weight.new_empty(()).expand(batch_size, positions.shape[1], self.config.hidden_size)
         rotary = self.decoder.rotary_emb(like, positions)
+        implementation = self.config._attn_implementation
+        if self.block_size is not None:
+            visible = block_mask(length, self.block_size, attention_mask, input_ids.device)
+            if implementation == "flex_attention":
+                flex = block_flex_mask(length, self.block_size, attention_mask, input_ids.device)
+                return Context(rotary, flex, visible, rows)
+            if implementation == "sdpa":
+                return Context(rotary, visible, visible, rows)
+            if implementation == "eager":
+                least = torch.finfo(like.dtype).min
+                bias = like.new_zeros(()).masked_fill(~visible, least)
+                return Context(rotary, bias, visible, rows)
+            raise ValueError(
+                "attn_implementation must be 'flex_attention', 'sdpa' or 'eager' for block "
+                f"diffusion, got {implementation!r}"
+            )
         if attention_mask is None:
             return Context(rotary, None, None, rows)
         visible = attention_mask[:, None, None, :]
-        if self.config._attn_implementation == "sdpa":
+        if implementation == "sdpa":
             return Context(rotary, visible, visible, rows)
         mask = create_bidirectional_mask(
             config=self.config,
@@ -125,34 +197,44 @@ class Backbone:
         )
         return Context(rotary, mask, visible, rows)
 
-    def prefix(self, input_ids: Tensor, context: Context) -> Tensor:
-        """Embed, and run the halves before the boundary.
+    def prefix(
+        self, input_ids: Tensor, context: Context, clean_ids: Tensor | None = None
+    ) -> Activations:
+        """Embed, and run what lies before the boundary.
 
         Args:
             input_ids: [B, L] int64, noisy tokens.
             context: of the same batch.
+            clean_ids: [B, L] int64, the tokens without noise; read by block diffusion alone, which
+                needs them.
 
         Returns:
-            Hidden state at the boundary: [B, L, D], or [B, W, D] where it lies behind the last
-            layer's attention, which keeps the rows of `context` only.
+            The activations at the boundary.
         """
-        hidden = self.decoder.embed_tokens(input_ids)
+        if self.block_size is not None:
+            assert clean_ids is not None
+            input_ids = torch.cat((input_ids, clean_ids), dim=1)
+        start = Activations(self.decoder.embed_tokens(input_ids))
         recompute = self._gradient_checkpointing()
-        return self._run(hidden, 0, self.boundary, context, contextlib.nullcontext(), recompute)
+        memory = contextlib.nullcontext()
+        hidden = self._run(start, 0, self.boundary, context, memory, recompute)
+        if self.boundary % 2 == 0:
+            return Activations(hidden)
+        return Activations(hidden, _ffn_input(self.layers[self.boundary // 2], hidden))
 
     def suffix(
         self,
-        hidden: Tensor,
+        start: Activations,
         valid: Tensor,
         context: Context,
         memory: contextlib.AbstractContextManager[Any],
         *,
         recompute: bool = False,
     ) -> Tensor:
-        """Run the halves from the boundary on, and the final norm, on the rows that count.
+        """Run what lies behind the boundary, and the final norm, on the rows that count.
 
         Args:
-            hidden: what `prefix` returned.
+            start: what `prefix` returned.
             valid: [M] int64, flat indices into [B, W] of the real rows.
             context: of the same batch.
             memory: entered around every layer, also when it is recomputed in backward; under it the
@@ -165,35 +247,54 @@ class Backbone:
         """
         recompute = recompute or self._gradient_checkpointing()
         hidden = self._run(
-            hidden, self.boundary, self.half_count, context, memory, recompute
+            start, self.boundary, self.half_count, context, memory, recompute
         )  # [B, W, D]
         return self.decoder.norm(hidden.flatten(0, 1)[valid])
+
+    def activation_width(self) -> int:
+        """Roughly how many values per row the widest layer of the suffix stores for backward."""
+        config = self.config
+        widest = 0
+        for layer in self.layers[self.boundary // 2 :]:
+            mlp = layer.mlp
+            widths = [m.out_features for m in mlp.modules() if isinstance(m, nn.Linear)]
+            if _is_sparse(mlp):
+                stacked = experts.stacked_experts(mlp.experts)
+                # Each row runs through k experts: its copy, and what the FFN of each makes of it.
+                per_expert = stacked.down_proj.shape[-1] + config.hidden_size
+                widths.append(config.num_experts_per_tok * per_expert)
+            widest = max(widest, *widths)
+        # About 8 vectors of the hidden size around the norms and the attention, 4 around SwiGLU.
+        return 8 * config.hidden_size + 4 * widest
 
     def _gradient_checkpointing(self) -> bool:
         return self.decoder.training and getattr(self.decoder, "gradient_checkpointing", False)
 
     def _run(
         self,
-        hidden: Tensor,
+        start: Activations,
         first: int,
         last: int,
         context: Context,
         memory: contextlib.AbstractContextManager[Any],
         recompute: bool,
     ) -> Tensor:
-        """Halves [first, last), layer by layer."""
+        """Halves [first, last), layer by layer: [B, L, D], or [B, W, D] with the last attention."""
+        at = start
         for index in range(first // 2, (last + 1) // 2):
             halves = range(max(first, 2 * index), min(last, 2 * index + 2))
             layer = partial(self._layer, index=index, halves=halves, context=context, memory=memory)
             if recompute and torch.is_grad_enabled():
-                hidden = checkpoint(layer, hidden, use_reentrant=False)
+                hidden = checkpoint(layer, at.hidden, *at.ffn, use_reentrant=False)
             else:
-                hidden = layer(hidden)
-        return hidden
+                hidden = layer(at.hidden, *at.ffn)
+            at = Activations(hidden)
+        return at.hidden
 
     def _layer(
         self,
         hidden: Tensor,
+        *ffn: Tensor,
         index: int,
         halves: range,
         context: Context,
@@ -207,8 +308,29 @@ class Backbone:
                 else:
                     hidden = _attend(layer, hidden, context)
             if 2 * index + 1 in halves:
-                hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+                hidden = hidden + _ffn(layer.mlp, *(ffn or _ffn_input(layer, hidden)))
         return hidden
+
+
+def _is_sparse(mlp: Any) -> bool:
+    return hasattr(mlp, "experts")
+
+
+def _ffn_input(layer: Any, hidden: Tensor) -> tuple[Tensor, ...]:
+    """The normed input of an FFN; with experts also the router's weights and indices."""
+    normed = layer.post_attention_layernorm(hidden)
+    if not _is_sparse(layer.mlp):
+        return (normed,)
+    _, weight, index = layer.mlp.gate(normed.flatten(0, 1))
+    return normed, weight, index
+
+
+def _ffn(mlp: Any, normed: Tensor, *routing: Tensor) -> Tensor:
+    if not routing:
+        return mlp(normed)
+    out = experts.run_experts(mlp.experts, normed.flatten(0, 1), *routing).view_as(normed)
+    shared = getattr(mlp, "shared_experts", None)
+    return out if shared is None else out + shared(normed)
 
 
 def _attend(layer: Any, hidden: Tensor, context: Context) -> Tensor:
@@ -229,12 +351,12 @@ def _attend_rows(layer: Any, hidden: Tensor, context: Context) -> Tensor:
     query = _heads(attention, "q", _take(normed, rows))  # [B, H, W, head_dim]
     key = _heads(attention, "k", normed)  # [B, H_kv, L, head_dim]
     value = _heads(attention, "v", normed)
-    cos, sin = context.rotary  # [1, L, head_dim]
+    cos, sin = context.rotary  # [1, L, rotary_dim]
     attended = F.scaled_dot_product_attention(
-        _rotate(query, cos[0][rows][:, None], sin[0][rows][:, None]),
-        _rotate(key, cos[:, None], sin[:, None]),
+        rotate(query, cos[0][rows][:, None], sin[0][rows][:, None]),
+        rotate(key, cos[:, None], sin[:, None]),
         value,
-        attn_mask=context.visible,
+        attn_mask=_visible_to_rows(context),
         dropout_p=attention.attention_dropout if attention.training else 0.0,
         scale=attention.scaling,
         enable_gqa=query.shape[1] != key.shape[1],
@@ -243,18 +365,27 @@ def _attend_rows(layer: Any, hidden: Tensor, context: Context) -> Tensor:
     return _take(hidden, rows) + attention.o_proj(merged)
 
 
+def _visible_to_rows(context: Context) -> Tensor | None:
+    """[B, 1, 1 or W, L] bool or None."""
+    visible, rows = context.visible, context.rows
+    if visible is None or visible.shape[2] == 1:
+        return visible
+    per_query = visible[:, 0].expand(len(rows), -1, -1)
+    return _take(per_query, rows)[:, None]
+
+
 def _heads(attention: Any, name: str, hidden: Tensor) -> Tensor:
-    """Project and split into heads, [B, L, D] to [B, H, L, head_dim]; Qwen3 also norms them."""
+    """Project and split into heads, [B, L, D] to [B, H, L, head_dim], with norms and clip."""
     projected = getattr(attention, f"{name}_proj")(hidden)
-    heads = projected.unflatten(-1, (-1, attention.head_dim))
     norm = getattr(attention, f"{name}_norm", None)
-    return (heads if norm is None else norm(heads)).transpose(1, 2)
-
-
-def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding, the two halves of a head rotated against each other."""
-    first, second = heads.chunk(2, dim=-1)
-    return heads * cos + torch.cat((-second, first), dim=-1) * sin
+    per_head = norm is not None and norm.weight.numel() == attention.head_dim
+    if norm is not None and not per_head:  # OLMoE norms all heads as one
+        projected = norm(projected)
+    clip = getattr(attention.config, "clip_qkv", None)
+    if clip is not None:
+        projected = projected.clamp(-clip, clip)
+    heads = projected.unflatten(-1, (-1, attention.head_dim))
+    return (norm(heads) if per_head else heads).transpose(1, 2)
 
 
 def _take(hidden: Tensor, rows: Tensor) -> Tensor:
@@ -270,8 +401,8 @@ def adapted_layers(layer_count: int, layer_fraction: float) -> range:
 
 def find_targets(
     model: nn.Module, target: str, layer_fraction: float
-) -> tuple[dict[str, nn.Linear], int]:
-    """The linear layers that get fast weights, and the first half that holds one.
+) -> tuple[dict[str, nn.Module], int]:
+    """The layers that get fast weights, and the first half that holds one.
 
     Args:
         model: as for `Backbone`.
@@ -279,38 +410,51 @@ def find_targets(
         layer_fraction: share of the layers, counted from the last.
 
     Returns:
-        Qualified name (within the layers, say "3.mlp.up_proj") to module, in the order of the
-        forward pass; inside a PEFT layer it is the base layer. And the boundary for `Backbone`.
+        Qualified name (within the layers, say "3.mlp.up_proj" or "3.mlp.experts") to linear layer
+        or stacked experts, in the order of the forward pass; inside a PEFT layer it is the base
+        layer. And the boundary for `Backbone`.
 
     Raises:
         ValueError: a layer lacks one of the target's modules, under the name looked for; says what
             was looked for and what there is.
     """
-    backbone = Backbone(model)
-    layers = backbone.layers
+    layers = Backbone(model).layers
     chosen = adapted_layers(len(layers), layer_fraction)
     attention = ATTENTION_PROJECTIONS if target == "ffn+attention" else ()
-    wanted = [("self_attn", name) for name in attention] + [("mlp", n) for n in FFN_PROJECTIONS]
-    found = dict(_projections(layers, chosen, wanted))
-    names = [f"{index}.{parent}.{name}" for index in chosen for parent, name in wanted]
-    missing = [name for name in names if name not in found]
-    if missing or not found:
-        kinds = sorted({name for name, _ in layers[-1].named_modules() if name})
-        raise ValueError(
-            f"no linear layer for target {target!r} in layers {list(chosen)}: looked for "
-            f"{', '.join(f'{parent}.{name}' for parent, name in wanted)}, not found "
-            f"{', '.join(missing)}; a layer has {', '.join(kinds)}"
-        )
+    found: dict[str, nn.Module] = {}
+    for index in chosen:
+        layer = layers[index]
+        wanted = [f"self_attn.{name}" for name in attention]
+        wanted += [f"mlp.{name}" for name in _ffn_modules(layer.mlp)]
+        for name in wanted:
+            module = _adaptable(layer, name)
+            if module is None:
+                kinds = sorted({own for own, _ in layer.named_modules() if own})
+                raise ValueError(
+                    f"no layer for target {target!r} in layer {index}: looked for "
+                    f"{', '.join(wanted)}, not found {name}; the layer has {', '.join(kinds)}"
+                )
+            found[f"{index}.{name}"] = module
     boundary = 2 * chosen.start + (0 if attention else 1)
     return found, boundary
 
 
-def _projections(
-    layers: nn.ModuleList, chosen: range, wanted: list[tuple[str, str]]
-) -> Iterator[tuple[str, nn.Linear]]:
-    for index in chosen:
-        for parent, name in wanted:
-            module = getattr(getattr(layers[index], parent, None), name, None)
-            module = getattr(module, "base_layer", module)
-            if isinstance(module, nn.Linear):
-                yield f"{index}.{parent}.{name}", module
+def _ffn_modules(mlp: Any) -> list[str]:
+    if not _is_sparse(mlp):
+        return list(FFN_PROJECTIONS)
+    shared = getattr(mlp, "shared_experts", None) is not None
+    return ["experts"] + [f"shared_experts.{name}" for name in FFN_PROJECTIONS if shared]
+
+
+def _adaptable(layer: nn.Module, name: str) -> nn.Module | None:
+    """The linear layer or the stacked experts of that name, without PEFT's wrappers."""
+    module: Any = layer
+    for part in name.split("."):
+        module = getattr(module, part, None)
+    if module is None:
+        return None
+    stacked = experts.stacked_experts(module)
+    if stacked is not None:
+        return stacked
+    module = getattr(module, "base_layer", module)
+    return module if isinstance(module, nn.Linear) else None

@@ -39,6 +39,9 @@ class DiffusionConfig:
             "uniform" by 1.
         loss_norm: what the weighted sum is divided by: "token" the maskable tokens of the batch,
             "sequence" each row's maskable tokens and the number of rows, "batch" that number alone.
+        block_size: tokens of a block in block diffusion (LLaDA2.x): a noisy token sees its own
+            block and the clean tokens of the blocks before; at least 1, and it divides the padded
+            length. None: every token sees every other.
 
     Raises:
         ValueError: an option outside its range.
@@ -48,11 +51,15 @@ class DiffusionConfig:
     time_epsilon: float = 1e-3
     loss_weight: Literal["schedule", "uniform"] = "schedule"
     loss_norm: Literal["token", "sequence", "batch"] = "token"
+    block_size: int | None = None
 
     def __post_init__(self) -> None:
         _check_choices(self)
         inside = _is_finite(self.time_epsilon) and 0 < self.time_epsilon < 1
         _check_number(self, "time_epsilon", "a number in (0, 1)", inside)
+        block = self.block_size
+        whole = block is None or (_is_integer(block) and block >= 1)
+        _check_number(self, "block_size", "a whole number, at least 1, or None", whole)
 
 
 @dataclass(frozen=True)

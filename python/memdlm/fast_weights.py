@@ -1,28 +1,68 @@
-"""The Parametric Memory: all fast weights in one flat buffer, and how linear layers read them.
+"""The Parametric Memory: all fast weights in one flat buffer, and how layers read them.
 
 They are plain tensors, neither parameters nor buffers, so no optimiser, gradient bucket, clip norm
-or checkpoint ever sees them. A forward hook on each adapted linear layer adds them to its output.
+or checkpoint ever sees them. A forward hook on each adapted linear layer adds them to its output; a
+layer of stacked experts is handed them as an update of its weights.
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from memdlm.config import MemoryConfig
+from memdlm.experts import PROJECTIONS, Update
 from memdlm_kernels import fast_weight_reset_, fast_weight_sgd_, lora_linear
 
 
-class FastWeights:
-    """Fast weights of a set of linear layers: [S, T], one row for a batch or for each sequence.
+@dataclass(frozen=True)
+class _Stack:
+    """Fast-weight tensors of one shape, kept as one: a linear layer's, or those of all experts.
 
-    A layer's output x Wᵀ becomes x Wᵀ + (lora_alpha / R) (x Aᵀ) Bᵀ with A [R, in] and B [out, R],
-    or x Wᵀ + x deltaᵀ with the "full" adapter, while a `reading` context is entered.
+    Attributes:
+        shape: [*, rows, columns], without the S sets.
+        count: how many tensors, each a segment of its own: 1, or one for each expert and
+            projection.
+        bound: each is drawn uniform in plus or minus this; 0 for zeros.
+    """
+
+    shape: tuple[int, ...]
+    count: int
+    bound: float
+
+
+def _stacks(module: Any, config: MemoryConfig) -> list[_Stack]:
+    """(A, B) or (delta,) of a linear layer; those of both projections of a layer of experts."""
+    if isinstance(module, nn.Linear):
+        return _adapter((), 1, module.out_features, module.in_features, config)
+    experts, twice, hidden = module.gate_up_proj.shape
+    # Gate and up are two projections, stacked, that one shrink can serve.
+    gate_up = _adapter((experts,), 2, twice, hidden, config)
+    return gate_up + _adapter((experts,), 1, hidden, twice // 2, config)
+
+
+def _adapter(
+    leading: tuple[int, ...], projections: int, outputs: int, inputs: int, config: MemoryConfig
+) -> list[_Stack]:
+    count = projections * (leading[0] if leading else 1)
+    if config.adapter == "full":
+        return [_Stack((*leading, outputs, inputs), count, 0.0)]
+    A = _Stack((*leading, projections * config.rank, inputs), count, inputs**-0.5)
+    return [A, _Stack((*leading, outputs, config.rank), count, 0.0)]
+
+
+class FastWeights:
+    """Fast weights of a set of layers: [S, T], one row for a batch or for each sequence.
+
+    A linear layer's output x Wᵀ becomes x Wᵀ + (lora_alpha / R) (x Aᵀ) Bᵀ with A [R, in] and
+    B [out, R], or x Wᵀ + x deltaᵀ with the "full" adapter, while a `reading` context is entered.
+    Every expert of a layer has such tensors for its gate, its up and its down projection.
 
     Args:
-        modules: name to linear layer, with `in_features` and `out_features`.
+        modules: name to linear layer, or to a module of stacked experts.
         config: adapter, rank, lora_alpha, state_dtype, and the update's options.
 
     Attributes:
@@ -32,37 +72,37 @@ class FastWeights:
         bounds: [P] float64, each tensor is drawn uniform in plus or minus this; 0 for zeros.
     """
 
-    def __init__(self, modules: dict[str, nn.Linear], config: MemoryConfig) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module], config: MemoryConfig) -> None:
         self.modules = modules
         self.config = config
-        self._shapes: list[tuple[int, int]] = []
-        bounds: list[float] = []
-        for module in modules.values():
-            inputs, outputs = module.in_features, module.out_features
-            if config.adapter == "lora":
-                self._shapes += [(config.rank, inputs), (outputs, config.rank)]
-                bounds += [inputs**-0.5, 0.0]
-            else:
-                self._shapes.append((outputs, inputs))
-                bounds.append(0.0)
-        sizes = torch.tensor([0] + [rows * columns for rows, columns in self._shapes])
-        self._offsets: list[int] = sizes.cumsum(0).tolist()
-        self._bounds = bounds
+        per_module = [_stacks(module, config) for module in modules.values()]
+        self._counts = [len(stacks) for stacks in per_module]
+        self._stacks = [stack for stacks in per_module for stack in stacks]
+        sizes = [0] + [torch.Size(stack.shape).numel() for stack in self._stacks]
+        self._offsets: list[int] = torch.tensor(sizes).cumsum(0).tolist()
         self._read: Sequence[Sequence[Tensor]] | None = None
         self._writes = 0
         self._allocate(1, self._device())
         self._handles = [
-            module.register_forward_hook(_Hook(self, index))
-            for index, module in enumerate(modules.values())
+            self._attach(index, module) for index, module in enumerate(modules.values())
         ]
 
+    def _attach(self, index: int, module: nn.Module) -> Any:
+        if isinstance(module, nn.Linear):
+            return module.register_forward_hook(_LinearHook(self, index))
+        return module.register_forward_pre_hook(_ExpertsHook(self, index), with_kwargs=True)
+
+    def _weight(self) -> Tensor:
+        module: Any = next(iter(self.modules.values()))
+        return module.weight if isinstance(module, nn.Linear) else module.gate_up_proj
+
     def _device(self) -> torch.device:
-        return next(iter(self.modules.values())).weight.device
+        return self._weight().device
 
     def _dtype(self) -> torch.dtype:
         """fp32, or with "compute" the layers' own; a quantised layer tells its compute dtype."""
         module = next(iter(self.modules.values()))
-        dtype = module.weight.dtype
+        dtype = self._weight().dtype
         if not dtype.is_floating_point:
             dtype = getattr(module, "compute_dtype", None) or torch.float32
         narrow = self.config.state_dtype == "compute" or dtype == torch.float64
@@ -70,8 +110,13 @@ class FastWeights:
 
     def _allocate(self, sets: int, device: torch.device) -> None:
         shape = (sets, self._offsets[-1])
-        self.segments = torch.tensor(self._offsets, device=device)
-        self.bounds = torch.tensor(self._bounds, dtype=torch.float64, device=device)
+        begins, bounds = [0], []
+        for stack, begin in zip(self._stacks, self._offsets, strict=False):
+            size = torch.Size(stack.shape).numel() // stack.count
+            begins += [begin + size * (number + 1) for number in range(stack.count)]
+            bounds += [stack.bound] * stack.count
+        self.segments = torch.tensor(begins, device=device)
+        self.bounds = torch.tensor(bounds, dtype=torch.float64, device=device)
         self.param = torch.zeros(shape, dtype=self._dtype(), device=device)
         self.grad = torch.zeros_like(self.param)
         self._frozen = self._views(self.param)
@@ -79,24 +124,24 @@ class FastWeights:
         self._grad_views = self._views(self.grad)
 
     def _views(self, flat: Tensor) -> list[Tensor]:
-        """Each fast-weight tensor as a view, [S, rows, columns]; without S in "batch" scope."""
+        """Each stack as a view, [S, *, rows, columns]; without S in "batch" scope."""
         pairs = zip(self._offsets[:-1], self._offsets[1:], strict=True)
         columns = [flat[:, begin:end] for begin, end in pairs]
-        per_set = [c.unflatten(1, shape) for c, shape in zip(columns, self._shapes, strict=True)]
+        per_set = [c.unflatten(1, s.shape) for c, s in zip(columns, self._stacks, strict=True)]
         return per_set if self.config.scope == "sample" else [view[0] for view in per_set]
 
     @property
-    def tensors_per_module(self) -> int:
-        """2 for LoRA (A, B), 1 for a full matrix."""
-        return 2 if self.config.adapter == "lora" else 1
-
-    @property
     def leaves(self) -> list[Tensor]:
-        """The P tensors, sharing memory with `param`, that an inner step differentiates by."""
+        """The tensors, sharing memory with `param`, that an inner step differentiates by."""
         return self._leaves
 
     def named(self) -> dict[str, tuple[Tensor, ...]]:
-        """Layer name to (A, B), or (delta,): views, [S, ...] in "sample" scope."""
+        """Layer name to its tensors: views, [S, ...] in "sample" scope.
+
+        Returns:
+            (A, B) or (delta,) of a linear layer; of a layer of experts those of gate and up,
+            A [E, 2 R, D] and B [E, 2 I, R], then those of down, A [E, R, I] and B [E, D, R].
+        """
         return dict(zip(self.modules, self._grouped(self._frozen), strict=True))
 
     def reset(self, seeds: Tensor) -> None:
@@ -116,7 +161,7 @@ class FastWeights:
         """Clip the gradients and take one SGD step; nothing waits for the GPU.
 
         Args:
-            gradients: P tensors, of the `leaves`.
+            gradients: one for each of the `leaves`.
             loss: [S]; a set whose loss or gradient is not finite is left as it is.
 
         Returns:
@@ -150,8 +195,8 @@ class FastWeights:
         return _Reading(self, self._grouped(self._frozen), self._writes)
 
     def _grouped(self, tensors: list[Tensor]) -> list[tuple[Tensor, ...]]:
-        size = self.tensors_per_module
-        return [tuple(tensors[at : at + size]) for at in range(0, len(tensors), size)]
+        rest = iter(tensors)
+        return [tuple(next(rest) for _ in range(count)) for count in self._counts]
 
     def detach(self) -> None:
         """Remove the hooks: the layers are as they were before."""
@@ -182,7 +227,7 @@ class _Reading(contextlib.AbstractContextManager[None]):
         self._store._read = self._outer.pop()
 
 
-class _Hook:
+class _LinearHook:
     def __init__(self, store: FastWeights, index: int) -> None:
         self._store = store
         self._index = index
@@ -196,3 +241,21 @@ class _Hook:
             return lora_linear(inputs[0], output, low_rank, up, self._scale)
         (delta,) = self._store._read[self._index]
         return output + inputs[0].to(output.dtype) @ delta.to(output.dtype).mT
+
+
+class _ExpertsHook:
+    def __init__(self, store: FastWeights, index: int) -> None:
+        self._store = store
+        self._index = index
+        self._scale = store.config.lora_alpha / store.config.rank
+
+    def __call__(
+        self, module: nn.Module, inputs: tuple[Tensor, ...], options: dict[str, Any]
+    ) -> tuple[tuple[Tensor, ...], dict[str, Any]] | None:
+        if self._store._read is None:
+            return None
+        tensors = self._store._read[self._index]
+        half = len(tensors) // 2
+        own = zip(PROJECTIONS, (tensors[:half], tensors[half:]), strict=True)
+        updates = [Update(name, tuple(pair), self._scale) for name, pair in own]
+        return inputs, options | {"updates": (*options.get("updates", ()), *updates)}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memdlm.backbone import Backbone, Context
+from memdlm.backbone import Activations, Backbone, Context
 from memdlm.config import MemoryConfig
 from memdlm.data.collator import State
 from memdlm.fast_weights import FastWeights
@@ -36,25 +36,27 @@ class InnerTrace:
 
 @dataclass(frozen=True)
 class Boundary:
-    """Where an inner step starts: the hidden state that `Backbone.prefix` made of its tokens.
+    """Where an inner step starts.
 
     Attributes:
-        hidden: [B, L, D] or [B, W, D], without a graph.
-        context: the `Context` it was made with.
+        activations: what `Backbone.prefix` made of a state's tokens; an inner step reads them
+            without their graph.
+        context: the `Context` they were made with.
     """
 
-    hidden: Tensor
+    activations: Activations
     context: Context
 
 
 def pre_anchor_boundaries(
-    backbone: Backbone, states: list[State], attention_mask: Tensor | None
+    backbone: Backbone, states: list[State], clean_ids: Tensor, attention_mask: Tensor | None
 ) -> list[Boundary]:
     """Run the prefix of several states as one batch, without a graph.
 
     Args:
         backbone: the split model.
         states: states of equal shape [B, L] and width W; may be empty.
+        clean_ids: [B, L] int64, the tokens without noise.
         attention_mask: [B, L] bool or None.
 
     Returns:
@@ -64,14 +66,15 @@ def pre_anchor_boundaries(
         return []
     ids = torch.cat([state["input_ids"] for state in states])
     rows = torch.cat([state["rows"] for state in states])
+    clean = clean_ids.repeat(len(states), 1)
     mask = None if attention_mask is None else attention_mask.repeat(len(states), 1)
     with torch.no_grad():
-        hidden = backbone.prefix(ids, backbone.context(ids, mask, rows))
+        activations = backbone.prefix(ids, backbone.context(ids, mask, rows), clean)
     first = states[0]
     context = backbone.context(first["input_ids"], attention_mask, first["rows"])
     return [
         Boundary(own, dataclasses.replace(context, rows=state["rows"]))
-        for own, state in zip(hidden.chunk(len(states)), states, strict=True)
+        for own, state in zip(activations.chunk(len(states)), states, strict=True)
     ]
 
 
@@ -106,7 +109,11 @@ def adapt(
         for state, boundary in zip(states, boundaries, strict=True):
             with torch.enable_grad():
                 rows = backbone.suffix(
-                    boundary.hidden, state["valid"], boundary.context, memory, recompute=recompute
+                    boundary.activations.detach(),
+                    state["valid"],
+                    boundary.context,
+                    memory,
+                    recompute=recompute,
                 )  # [M, D]
                 nll = masked_linear_cross_entropy(rows, weight, state["target"], bias=bias)
                 weighted = nll * state["weight"].to(nll.dtype)  # [M]
@@ -132,13 +139,9 @@ def _recompute(choice: str, backbone: Backbone, boundaries: list[Boundary]) -> b
     """Whether the inner steps recompute their layers instead of storing the activations."""
     if choice != "auto":
         return choice == "layer"
-    model = backbone.config
-    largest = max(boundary.hidden.shape[:2].numel() for boundary in boundaries)
+    hidden = max((boundary.activations.hidden for boundary in boundaries), key=Tensor.numel)
     layers = (backbone.half_count - backbone.boundary + 1) // 2
-    # Per row and layer: about 8 vectors of the hidden size around the norms and the attention, and
-    # 4 of the FFN size around SwiGLU.
-    values = largest * layers * (8 * model.hidden_size + 4 * model.intermediate_size)
-    hidden = boundaries[0].hidden
+    values = hidden.shape[:2].numel() * layers * backbone.activation_width()
     return values * hidden.element_size() > _STORED_SHARE * _free_bytes(hidden.device)
 
 

@@ -55,7 +55,7 @@ class MDLMObjective(nn.Module):
         super().__init__()
         self.model = model
         self.diffusion = diffusion
-        self.backbone = Backbone(model)
+        self.backbone = Backbone(model, block_size=diffusion.block_size)
 
     def forward(self, batch: dict[str, Any], normalizer: float | None = None) -> ObjectiveOutput:
         """Loss of a batch.
@@ -114,7 +114,7 @@ class MemDLMObjective(MDLMObjective):
         super().__init__(model, diffusion)
         self.memory = memory
         targets, boundary = find_targets(model, memory.target, memory.layer_fraction)
-        self.backbone = Backbone(model, boundary)
+        self.backbone = Backbone(model, boundary, diffusion.block_size)
         self.fast_weights = FastWeights(targets, memory)
 
     def forward(
@@ -164,10 +164,9 @@ class MemDLMObjective(MDLMObjective):
             if anchor is None:
                 with torch.no_grad():
                     anchor = anchor_boundary(self.backbone, batch)
-            shared = Boundary(anchor.hidden.detach(), anchor.context)
             others = [state for state in states if not state["is_anchor"]]
-            made = iter(pre_anchor_boundaries(self.backbone, others, mask))
-            boundaries = [shared if state["is_anchor"] else next(made) for state in states]
+            made = iter(pre_anchor_boundaries(self.backbone, others, batch["input_ids"], mask))
+            boundaries = [anchor if state["is_anchor"] else next(made) for state in states]
             return adapt(self.backbone, self.fast_weights, states, boundaries, self.memory)
 
 
@@ -180,11 +179,19 @@ def anchor_boundary(backbone: Backbone, batch: dict[str, Any]) -> Boundary:
 
     Returns:
         The boundary.
+
+    Raises:
+        ValueError: the collator reads other rows for a token's logits than the model does.
     """
+    if batch["right_shift_logits"] != backbone.right_shift_logits:
+        raise ValueError(
+            "right_shift_logits of the collator must be the model's, "
+            f"{backbone.right_shift_logits}, got {batch['right_shift_logits']}"
+        )
     anchor: State = batch["anchor"]
     ids = anchor["input_ids"]
     context = backbone.context(ids, batch.get("attention_mask"), anchor["rows"])
-    return Boundary(backbone.prefix(ids, context), context)
+    return Boundary(backbone.prefix(ids, context, batch["input_ids"]), context)
 
 
 def outer_loss(
@@ -207,7 +214,9 @@ def outer_loss(
         [] loss.
     """
     weight, bias = backbone.head()
-    rows = backbone.suffix(boundary.hidden, anchor["valid"], boundary.context, memory)  # [M, D]
+    rows = backbone.suffix(
+        boundary.activations, anchor["valid"], boundary.context, memory
+    )  # [M, D]
     return masked_linear_cross_entropy(
         rows,
         weight,

@@ -40,9 +40,11 @@ class RunOptions:
         lora: train a LoRA (PEFT) instead of all weights.
         lora_rank: rank of that LoRA.
         lora_scaling: its scale, PEFT's lora_alpha / r. (`lora_alpha` is the memory's.)
-        lora_dropout: its dropout, in [0, 1).
-        lora_targets: names of the layers that get it; attention and FFN if not given, never the
-            head.
+        lora_dropout: its dropout, in [0, 1); 0 where stacked experts get a LoRA.
+        lora_targets: names of the linear layers that get it; attention and FFN if not given, never
+            the head.
+        lora_target_parameters: names of the stacked parameters that get it; those of the experts if
+            neither this nor `lora_targets` is given.
         memory_gap_steps: every so many steps, log the loss of one batch with and without memory;
             0 is never.
         resume_from_checkpoint: a checkpoint folder, or true for the last one in `output_dir`.
@@ -72,6 +74,7 @@ class RunOptions:
     lora_scaling: float = 2.0
     lora_dropout: float = 0.0
     lora_targets: list[str] | None = None
+    lora_target_parameters: list[str] | None = None
     memory_gap_steps: int = 0
     resume_from_checkpoint: str | bool | None = None
 
@@ -145,7 +148,7 @@ _UNREAD: list[tuple[list[str], Callable[[Mapping[str, Any]], bool], str]] = [
         "objective is 'mdlm'",
     ),
     (
-        ["lora_rank", "lora_scaling", "lora_dropout", "lora_targets"],
+        ["lora_rank", "lora_scaling", "lora_dropout", "lora_targets", "lora_target_parameters"],
         lambda run: not run["lora"],
         "lora is false",
     ),
@@ -252,7 +255,23 @@ def make_run(given: Mapping[str, Any]) -> Run:
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
         _check(arguments, name, "at least 1", lambda value: value >= 1)
     _check(arguments, "seed", "at least 0", lambda value: value >= 0)
+    _check_block_size(options, diffusion)
     return Run(options, diffusion, memory if options.objective == "memdlm" else None, arguments)
+
+
+def _check_block_size(options: RunOptions, diffusion: DiffusionConfig) -> None:
+    """Every batch's length must be whole blocks."""
+    block = diffusion.block_size
+    if block is None:
+        return
+    lengths = {"multiple": options.pad_to_multiple_of, "max_length": options.max_length}
+    length = lengths.get(options.padding)
+    if length is None or length % block:
+        raise ValueError(
+            f"block_size must divide every batch's length, got block_size {block} and padding "
+            f"{options.padding!r} to {length}: set padding to 'multiple' and pad_to_multiple_of to "
+            "a multiple of block_size, or padding to 'max_length' and max_length likewise"
+        )
 
 
 def _check(config: Any, name: str, must: str, ok: Callable[[Any], bool]) -> None:

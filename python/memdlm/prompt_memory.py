@@ -55,6 +55,7 @@ class PromptMemory:
             own,
             seed=seed,
             anchor_ratio=ANCHOR_RATIO,
+            right_shift_logits=self._objective.backbone.right_shift_logits,
         )
 
     def write(self, prompts: Sequence[Sequence[int]]) -> contextlib.AbstractContextManager[None]:

@@ -19,6 +19,7 @@ from memdlm.backbone import ATTENTION_PROJECTIONS, FAMILIES, FFN_PROJECTIONS
 from memdlm.checkpoint import check_resumable, last_checkpoint
 from memdlm.data.collator import MaskCollator
 from memdlm.data.dataset import load_examples, prepare_examples
+from memdlm.experts import PROJECTIONS as STACKED
 from memdlm.objective import MDLMObjective, MemDLMObjective
 from memdlm.options import Run, RunOptions
 from memdlm.trainer import MemDLMTrainer
@@ -43,12 +44,13 @@ def train(run: Run) -> dict[str, float]:
     _check_output(output_dir, resume_from)
     config, tokenizer = _load_description(options)
     collator = _collator(run, config, tokenizer)
+    lora = _lora_config(options, config)
     if resume_from is not None:
-        check_resumable(resume_from, collator, config, _lora_config(options))
+        check_resumable(resume_from, collator, config, lora)
     train_examples, eval_examples = _load_data(run, config, tokenizer)
 
     set_seed(arguments.seed)  # the outer LoRA is drawn before the Trainer seeds
-    model = _load_model(options)
+    model = _load_model(options, lora)
     if run.memory is None:
         objective = MDLMObjective(model, run.diffusion)
     else:
@@ -124,6 +126,7 @@ def _collator(run: Run, config: Any, tokenizer: PreTrainedTokenizerBase) -> Mask
         seed=run.arguments.seed,
         pad_to_multiple_of=options.pad_to_multiple_of if options.padding == "multiple" else 1,
         max_padding=_max_length(options, config) if options.padding == "max_length" else None,
+        right_shift_logits=bool(getattr(config, "right_shift_logits", False)),
     )
 
 
@@ -179,7 +182,7 @@ def _load_data(
     return prepare(options.dataset, training, options.max_train_examples), evaluation
 
 
-def _load_model(options: RunOptions) -> nn.Module:
+def _load_model(options: RunOptions, lora: LoraConfig | None) -> nn.Module:
     try:
         model = AutoModelForCausalLM.from_pretrained(
             options.model,
@@ -188,18 +191,29 @@ def _load_model(options: RunOptions) -> nn.Module:
         )
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"model {options.model} cannot be loaded: {_first_line(error)}") from error
-    lora = _lora_config(options)
     return model if lora is None else get_peft_model(model, lora)
 
 
-def _lora_config(options: RunOptions) -> LoraConfig | None:
+def _lora_config(options: RunOptions, config: Any) -> LoraConfig | None:
     if not options.lora:
         return None
+    chosen = options.lora_targets is not None or options.lora_target_parameters is not None
+    sparse = getattr(config, "num_experts", None) is not None
+    stacked = options.lora_target_parameters
+    if sparse and not chosen:
+        stacked = [f"experts.{name}" for name in STACKED]
+    if stacked and options.lora_dropout:
+        raise ValueError(
+            "lora_dropout must be 0 where stacked experts get a LoRA, got "
+            f"{options.lora_dropout}: lora_targets without lora_target_parameters leaves them out"
+        )
+    modules = [] if chosen else [*ATTENTION_PROJECTIONS, *FFN_PROJECTIONS]
     return LoraConfig(
         r=options.lora_rank,
         lora_alpha=options.lora_scaling * options.lora_rank,  # type: ignore[arg-type]
         lora_dropout=options.lora_dropout,
-        target_modules=options.lora_targets or [*ATTENTION_PROJECTIONS, *FFN_PROJECTIONS],
+        target_modules=options.lora_targets or modules,
+        target_parameters=stacked,
         base_model_name_or_path=options.model,
         task_type="CAUSAL_LM",
     )

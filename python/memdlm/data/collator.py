@@ -27,10 +27,10 @@ _NOISE_STREAM, _MEMORY_STREAM = 0, 1
 class State(TypedDict):
     """One noisy version of a batch, with the rows whose loss is taken.
 
-    Keys: `input_ids` [B, L] int64 with masks; `rows` [B, W] int64, positions of the loss rows of
-    each sequence, padded with 0 to a common W of at least 1; `valid` [M] int64, flat indices into
-    `rows` of those that are real; `target` [M] int64; `weight` [M] float64; `sample` [M] int64, the
-    sequence of each row; `is_anchor` bool.
+    Keys: `input_ids` [B, L] int64 with masks; `rows` [B, W] int64, positions whose logits the loss
+    reads, of each sequence, padded with 0 to a common W of at least 1; `valid` [M] int64, flat
+    indices into `rows` of those that are real; `target` [M] int64; `weight` [M] float64; `sample`
+    [M] int64, the sequence of each row; `is_anchor` bool.
     """
 
     input_ids: Tensor
@@ -70,6 +70,7 @@ def make_state(
     row_weight: Tensor,
     mask_token_id: int,
     *,
+    right_shift_logits: bool = False,
     width: int | None = None,
     is_anchor: bool = False,
 ) -> State:
@@ -81,6 +82,8 @@ def make_state(
         in_loss: [B, L] bool, the tokens whose loss is taken, among the masked.
         row_weight: [B] float64, weight of each row's tokens.
         mask_token_id: the mask token.
+        right_shift_logits: a token's logits are those of the position before it (Dream); the first
+            token, which has none before, takes its own.
         width: W, at least the largest count of a row; None for just that.
         is_anchor: whether this is the anchor state.
 
@@ -95,7 +98,7 @@ def make_state(
     first = counts.cumsum(0) - counts
     place = torch.arange(len(sample)) - first[sample]
     rows = torch.zeros(len(clean_ids), width, dtype=torch.int64)
-    rows[sample, place] = position
+    rows[sample, place] = (position - 1).clamp_min(0) if right_shift_logits else position
     return State(
         input_ids=clean_ids.masked_fill(masked, mask_token_id),
         rows=rows,
@@ -117,6 +120,8 @@ def make_trajectory(
     mask_token_id: int,
     diffusion: DiffusionConfig,
     memory: MemoryConfig,
+    *,
+    right_shift_logits: bool = False,
 ) -> list[State]:
     """The K states that one pass of the inner loop visits.
 
@@ -130,6 +135,7 @@ def make_trajectory(
         mask_token_id: the mask token.
         diffusion: schedule, weights and norm.
         memory: strategy, K, targets, scope.
+        right_shift_logits: as for `make_state`.
 
     Returns:
         K states; those that are not the anchor share one width, so they run in one batch.
@@ -159,6 +165,7 @@ def make_trajectory(
                 losses[k],
                 inner_weight(diffusion.loss_norm, memory.scope, weight * scale, target_count),
                 mask_token_id,
+                right_shift_logits=right_shift_logits,
                 width=None if is_anchor[k] else max(1, *widths),
                 is_anchor=is_anchor[k],
             )
@@ -181,6 +188,7 @@ class MaskCollator:
         max_padding: pad to this length always, None for the longest of the batch.
         anchor_ratio: mask tokens with this probability instead of one from a drawn time; in (0, 1].
             For a memory that is written from prompts: 0.2, with `loss_weight` "uniform".
+        right_shift_logits: the model's: the logits of a position are those of the next token.
 
     Raises:
         ValueError: an id outside the vocabulary, a ratio outside (0, 1].
@@ -195,6 +203,7 @@ class MaskCollator:
     pad_to_multiple_of: int = 1
     max_padding: int | None = None
     anchor_ratio: float | None = None
+    right_shift_logits: bool = False
 
     def __post_init__(self) -> None:
         for name in ("mask_token_id", "pad_token_id"):
@@ -223,8 +232,8 @@ class MaskCollator:
         Returns:
             `input_ids` and `labels` [B, L] int64; `attention_mask` [B, L] bool, absent where
             nothing is padded; `time` [B] float64; `maskable_count` and `memory_seed` [B] int64;
-            `normalizer`, the batch's own, a number; `anchor`, a `State` whose weights lack the
-            normaliser; with memory also `trajectory`, K `State`s.
+            `normalizer`, the batch's own, a number; `right_shift_logits`, the collator's; `anchor`,
+            a `State` whose weights lack the normaliser; with memory also `trajectory`, K `State`s.
 
         Raises:
             ValueError: labels that disagree with the ids, lengths that differ, an id outside the
@@ -263,7 +272,16 @@ class MaskCollator:
             "maskable_count": maskable_count,
             "normalizer": outer_normalizer(self.diffusion.loss_norm, maskable_count),
             "memory_seed": memory_seed,
-            "anchor": make_state(ids, anchor, anchor, weight, self.mask_token_id, is_anchor=True),
+            "right_shift_logits": self.right_shift_logits,
+            "anchor": make_state(
+                ids,
+                anchor,
+                anchor,
+                weight,
+                self.mask_token_id,
+                right_shift_logits=self.right_shift_logits,
+                is_anchor=True,
+            ),
         }
         if not bool(visible.all()):
             batch["attention_mask"] = visible
@@ -278,6 +296,7 @@ class MaskCollator:
                 self.mask_token_id,
                 self.diffusion,
                 self.memory,
+                right_shift_logits=self.right_shift_logits,
             )
         return batch
 

@@ -1,0 +1,214 @@
+"""A layer of stacked experts as grouped products, and the low-rank updates it reads.
+
+transformers keeps the experts of a layer in two stacked parameters and lets the function that runs
+them be chosen; importing this module registers ours as "memdlm". It computes the same as
+transformers' "grouped_mm", takes updates of the weights in factored form, and works in float64.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from memdlm_kernels import grouped_lora_linear
+
+IMPLEMENTATION = "memdlm"
+
+# The stacked parameters: [E, 2 I, D] (gate and up) and [E, D, I].
+PROJECTIONS = ("gate_up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Update:
+    """What is added to one stacked parameter W of a layer of experts, for every expert e.
+
+    Attributes:
+        projection: one of `PROJECTIONS`.
+        tensors: (A [E, P R, in], B [E, out, R]) adds scale * B A to W, as `grouped_lora_linear`
+            does; (delta [E, out, in],) adds delta. With a leading S, one set for each sequence.
+        scale: see `tensors`; not read with a delta.
+    """
+
+    projection: str
+    tensors: tuple[Tensor, ...]
+    scale: float
+
+    @property
+    def sets(self) -> int:
+        """S, 1 where all sequences share the update."""
+        return len(self.tensors[0]) if self.tensors[0].dim() == 4 else 1
+
+
+@dataclass(frozen=True)
+class _Order:
+    """Rows sorted by expert, and within an expert by sequence.
+
+    Attributes:
+        places: [N k], the row and choice n k + j that comes to each sorted place.
+        inverse: [N k], the sorted place of each.
+        ends: [E, S] int32, where the rows of each expert and sequence end.
+    """
+
+    places: Tensor
+    inverse: Tensor
+    ends: Tensor
+
+
+def run_experts(experts: Any, rows: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+    """Run a layer of experts, also one under PEFT, whose LoRA is then computed in factored form.
+
+    PEFT adapts a stacked parameter (`target_parameters`) by adding B A to it: a second copy of all
+    experts in forward, and the gradient of a whole copy in backward. Its two factors are read here
+    instead, so the numbers are the same (up to rounding) and the checkpoint is PEFT's.
+
+    Args:
+        experts: a module of stacked experts, or PEFT wrappers around one.
+        rows: [N, D].
+        weight, index: [N, k], of the router.
+
+    Returns:
+        [N, D], the weighted sum over each row's k experts.
+    """
+    updates = []
+    while hasattr(experts, "base_layer"):
+        updates += _peft_updates(experts)
+        experts = experts.base_layer
+    return experts(rows, index, weight, updates=tuple(updates))
+
+
+def _peft_updates(wrapper: Any) -> list[Update]:
+    if wrapper.disable_adapters or wrapper.merged:
+        return []
+    count = wrapper.num_experts
+    updates = []
+    for adapter in wrapper.active_adapters:
+        if adapter in wrapper.lora_A:
+            A = wrapper.lora_A[adapter].weight.unflatten(0, (count, -1))  # [E, R, in]
+            B = wrapper.lora_B[adapter].weight.unflatten(1, (-1, count))  # [out, R, E]
+            scale = wrapper.scaling[adapter]
+            updates.append(Update(wrapper.parameter_name, (A, B.permute(2, 0, 1)), scale))
+    return updates
+
+
+def grouped_experts(
+    experts: Any,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    *,
+    updates: tuple[Update, ...] = (),
+) -> Tensor:
+    """transformers' experts interface: the k experts of each row, weighted and summed.
+
+    Args:
+        experts: with `num_experts`, `gate_up_proj` [E, 2 I, D], `down_proj` [E, D, I] and the
+            gating that transformers gives it.
+        hidden_states: [N, D]; with per-sequence updates of S sets, N / S rows of each sequence.
+        top_k_index: [N, k] int64, experts of each row.
+        top_k_weights: [N, k].
+        updates: what is added to the parameters.
+
+    Returns:
+        [N, D] in hidden_states' dtype.
+    """
+    sets = max([update.sets for update in updates], default=1)
+    order = _sort(top_k_index, experts.num_experts, sets)
+    rows = _Spread.apply(hidden_states, order.places, order.inverse)  # [N k, D]
+    gate_up = _project("gate_up_proj", experts, rows, order, updates)  # [N k, 2 I]
+    inner = experts._apply_gate(gate_up)  # [N k, I]
+    out = _project("down_proj", experts, inner, order, updates)  # [N k, D]
+    back = _Permute.apply(out, order.inverse, order.places)
+    chosen = back.unflatten(0, top_k_index.shape).to(top_k_weights.dtype)  # [N, k, D]
+    # A product of [1, k] and [k, D] for each row: no weighted copy of `chosen`.
+    return (top_k_weights[:, None] @ chosen)[:, 0].to(hidden_states.dtype)
+
+
+def _sort(index: Tensor, expert_count: int, sets: int) -> _Order:
+    count, top_k = index.shape
+    # Of each choice: its expert, and among that expert's rows its sequence.
+    group = index * sets
+    if sets > 1:
+        group = (
+            group
+            + torch.arange(sets, device=index.device).repeat_interleave(count // sets)[:, None]
+        )
+    group = group.flatten()
+    places = group.argsort(stable=True)
+    inverse = torch.empty_like(places)
+    inverse[places] = torch.arange(count * top_k, device=index.device)
+    sizes = torch.zeros(expert_count * sets, dtype=torch.int32, device=index.device)
+    sizes.scatter_add_(0, group, torch.ones_like(group, dtype=torch.int32))
+    ends = sizes.cumsum(0, dtype=torch.int32)
+    return _Order(places, inverse, ends.unflatten(0, (expert_count, sets)))
+
+
+def _project(
+    name: str, experts: Any, rows: Tensor, order: _Order, updates: tuple[Update, ...]
+) -> Tensor:
+    weight = getattr(experts, name)
+    out = _grouped_linear(rows, weight, order.ends[:, -1])
+    for update in updates:
+        if update.projection == name:
+            out = _add(update, rows, out, order.ends)
+    return out
+
+
+def _add(update: Update, rows: Tensor, out: Tensor, ends: Tensor) -> Tensor:
+    per_sequence = update.tensors[0].dim() == 4
+    ends = ends if per_sequence else ends[:, -1].contiguous()
+    if len(update.tensors) == 2:
+        return grouped_lora_linear(rows, out, *update.tensors, ends, update.scale)
+    delta = update.tensors[0].to(out.dtype)
+    if per_sequence:
+        delta = delta.transpose(0, 1).flatten(0, 1)  # [E S, out, in], as the rows are sorted
+    return out + _grouped_linear(rows, delta, ends.flatten())
+
+
+def _grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """rows[g] @ weight[g].T for the rows of each group g: [N, in] to [N, out]."""
+    rows = rows.to(weight.dtype)  # under autocast
+    if rows.dtype == torch.float64:  # the library has none
+        parts = rows.split(ends.diff(prepend=ends.new_zeros(1)).tolist())
+        return torch.cat([part @ own.T for part, own in zip(parts, weight, strict=True)])
+    return F.grouped_mm(rows, weight.mT, offs=ends.contiguous())
+
+
+class _Permute(torch.autograd.Function):
+    """rows[places]; its gradient is gathered by the inverse, where indexing would scatter."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, places: Tensor, inverse: Tensor) -> Tensor:
+        ctx.places, ctx.inverse = places, inverse
+        return rows.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _Permute.apply(grad, ctx.inverse, ctx.places), None, None
+
+
+class _Spread(torch.autograd.Function):
+    """Each row k times, sorted: [N, D] to [N k, D]; its gradient sums over the k."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, places: Tensor, inverse: Tensor) -> Tensor:
+        ctx.places, ctx.inverse, ctx.count = places, inverse, len(rows)
+        return rows.index_select(0, places // (len(places) // len(rows)))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        back = _Permute.apply(grad, ctx.inverse, ctx.places)
+        return back.unflatten(0, (ctx.count, -1)).sum(1), None, None
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, grouped_experts)
+
+
+def stacked_experts(module: nn.Module) -> Any:
+    """The module of stacked experts that `module` is or that PEFT wraps; None if it is another."""
+    base: Any = module
+    while hasattr(base, "base_layer"):
+        base = base.base_layer
+    return base if all(hasattr(base, name) for name in PROJECTIONS) else None

@@ -1,0 +1,138 @@
+"""Block diffusion: who sees whom, and that the split model computes what the whole one does."""
+
+import contextlib
+
+import pytest
+import torch
+
+from memdlm.backbone import Backbone
+from memdlm.block_mask import block_flex_mask, block_mask
+from memdlm.config import DiffusionConfig, MemoryConfig
+from memdlm.data.collator import MaskCollator
+from memdlm.objective import MDLMObjective, MemDLMObjective
+from tests.tiny import MASK, PAD, VOCABULARY, make_features, make_model
+
+LENGTH, BLOCK = 12, 4
+# Hugging Face's eager attention rounds its softmax to float32.
+TOLERANCE = {"sdpa": 1e-9, "eager": 1e-6}
+
+
+def sees(query, key):
+    """The rule, in words of the paper: positions below LENGTH are noisy, the others clean."""
+    query_block, key_block = query % LENGTH // BLOCK, key % LENGTH // BLOCK
+    if query < LENGTH and key < LENGTH:
+        return query_block == key_block
+    if query < LENGTH:
+        return key_block < query_block
+    return key >= LENGTH and key_block <= query_block
+
+
+def test_the_mask_is_the_rule():
+    expected = torch.tensor([[sees(q, k) for k in range(2 * LENGTH)] for q in range(2 * LENGTH)])
+    mask = block_mask(LENGTH, BLOCK, None, torch.device("cpu"))
+    assert torch.equal(mask, expected[None, None])
+
+
+def test_padding_is_seen_by_itself_alone():
+    visible = torch.ones(2, 2 * LENGTH, dtype=torch.bool)
+    visible[1, [LENGTH - 1, 2 * LENGTH - 1]] = False
+    mask = block_mask(LENGTH, BLOCK, visible, torch.device("cpu"))
+    assert torch.equal(mask[0], block_mask(LENGTH, BLOCK, None, torch.device("cpu"))[0])
+    for pad in (LENGTH - 1, 2 * LENGTH - 1):
+        assert mask[1, 0, :, pad].nonzero().flatten().tolist() == [pad]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_flex_attention_gets_the_same_mask(padded):
+    visible = None
+    if padded:
+        visible = torch.rand(2, 2 * LENGTH, generator=torch.Generator().manual_seed(0)) < 0.8
+    dense = block_mask(LENGTH, BLOCK, visible, torch.device("cpu"))
+    flex = block_flex_mask(LENGTH, BLOCK, visible, torch.device("cpu"))
+    place = torch.arange(2 * LENGTH)
+    for b in range(len(dense)):
+        own = flex.mask_mod(torch.tensor(b), torch.tensor(0), place[:, None], place[None])
+        assert torch.equal(own, dense[b, 0])
+
+
+@pytest.mark.parametrize("boundary", [0, 3, 4, 7, 8])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_split_model_is_the_whole_model_under_the_mask(boundary, attention, padded):
+    model = make_model(attn_implementation=attention)
+    generator = torch.Generator().manual_seed(0)
+    noisy, clean = torch.randint(0, PAD, (2, 2, LENGTH), generator=generator)
+    visible = torch.ones(2, LENGTH, dtype=torch.bool)
+    if padded:
+        visible[1, -3:] = False
+    rows = torch.tensor([[0, 5, 8], [3, 2, 7]])
+
+    backbone = Backbone(model, boundary, BLOCK)
+    context = backbone.context(noisy, visible if padded else None, rows)
+    start = backbone.prefix(noisy, context, clean)
+    hidden = backbone.suffix(start, torch.arange(6), context, contextlib.nullcontext())
+    logits = hidden @ backbone.head()[0].T
+
+    whole = model(
+        torch.cat((noisy, clean), dim=1),
+        position_ids=torch.arange(LENGTH).repeat(2)[None],
+        attention_mask=bias(visible),
+        is_causal=False,
+        use_cache=False,
+    ).logits
+    expected = whole.gather(1, rows[..., None].expand(-1, -1, VOCABULARY)).flatten(0, 1)
+    assert (logits - expected).abs().max() <= TOLERANCE[attention] * expected.abs().max()
+
+
+def bias(visible):
+    """[B, 1, 2L, 2L] 0 where a real token is seen; what padding sees is never read."""
+    rule = torch.tensor([[sees(q, k) for k in range(2 * LENGTH)] for q in range(2 * LENGTH)])
+    seen = rule & visible.repeat(1, 2)[:, None, None]
+    least = torch.finfo(torch.float64).min
+    return torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, least)
+
+
+def batch_of(diffusion, memory, shapes=((LENGTH, 4), (LENGTH - 3, 0))):
+    collator = MaskCollator(MASK, PAD, VOCABULARY, diffusion, memory, pad_to_multiple_of=BLOCK)
+    return collator(make_features(shapes))
+
+
+@pytest.mark.parametrize("scope", ["batch", "sample"])
+def test_a_step_trains_every_parameter(scope):
+    diffusion, memory = DiffusionConfig(block_size=BLOCK), MemoryConfig(rank=2, scope=scope)
+    model = make_model()
+    output = MemDLMObjective(model, diffusion, memory)(batch_of(diffusion, memory))
+    output.loss.backward()
+    assert torch.isfinite(output.loss)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.any(), name
+    assert not output.inner.skipped.any()
+
+
+def test_a_noisy_token_is_blind_to_its_own_clean_block():
+    model, diffusion = make_model(), DiffusionConfig(block_size=BLOCK)
+    batch = batch_of(diffusion, None)
+    first = batch["anchor"]["rows"].clone()
+    objective = MDLMObjective(model, diffusion)
+    loss = objective(batch).loss
+    changed = {**batch, "input_ids": batch["input_ids"].clone()}
+    changed["input_ids"][:, -BLOCK:] = (changed["input_ids"][:, -BLOCK:] + 1) % PAD
+    assert torch.equal(objective(changed).loss, loss)  # no block follows the last
+    changed["input_ids"][:, :BLOCK] = (changed["input_ids"][:, :BLOCK] + 1) % PAD
+    assert (first >= BLOCK).any()
+    assert not torch.equal(objective(changed).loss, loss)
+
+
+def test_a_block_size_that_does_not_divide_is_refused():
+    diffusion = DiffusionConfig(block_size=5)
+    with pytest.raises(ValueError, match=r"block_size must divide .* got block_size 5 and 12"):
+        MDLMObjective(make_model(), diffusion)(batch_of(diffusion, None))
+
+
+def test_an_attention_without_such_a_mask_is_refused():
+    model = make_model()
+    model.config._attn_implementation = "flash_attention_2"
+    diffusion = DiffusionConfig(block_size=BLOCK)
+    with pytest.raises(ValueError, match="attn_implementation must be 'flex_attention'"):
+        MDLMObjective(model, diffusion)(batch_of(diffusion, None))
