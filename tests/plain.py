@@ -227,6 +227,16 @@ class FFN(nn.Module):
         return self.down_proj(gate * torch.sigmoid(gate) * self.up_proj(x))
 
 
+def largest(scores, count):
+    """Indices [N, count] of the largest scores of each row, one after another."""
+    left = scores.clone()
+    chosen = []
+    for _ in range(count):
+        chosen.append(left.argmax(-1))
+        left.scatter_(1, chosen[-1][:, None], -math.inf)
+    return torch.stack(chosen, dim=1)
+
+
 class Router(nn.Module):
     def __init__(self, family):
         super().__init__()
@@ -245,7 +255,8 @@ class Router(nn.Module):
         scores = logits.to(wide(logits.dtype)).softmax(-1)
         if self.expert_bias is not None:
             scores = scores + self.expert_bias
-        weights, index = scores.topk(self.family.top_k)
+        index = largest(scores.detach(), self.family.top_k)
+        weights = scores.gather(1, index)
         if self.family.normalise:
             weights = weights / weights.sum(-1, keepdim=True)
         return weights.to(rows.dtype), index
@@ -253,21 +264,14 @@ class Router(nn.Module):
     def sigmoid(self, rows):
         family, dtype = self.family, wide(rows.dtype)
         scores = torch.sigmoid(rows.to(dtype) @ self.weight.to(dtype).T)
-        biased = scores + self.expert_bias
+        biased = (scores + self.expert_bias).detach()
         size = family.experts // family.groups
-        chosen = []
-        for row in biased.detach():
-            groups = row.split(size)
-            worth = [group.topk(2).values.sum().item() for group in groups]
-            ranked = sorted(range(family.groups), key=lambda g: -worth[g])
-            eligible = [
-                expert
-                for g in ranked[: family.top_groups]
-                for expert in range(g * size, (g + 1) * size)
-            ]
-            eligible.sort(key=lambda expert: -row[expert].item())
-            chosen.append(eligible[: family.top_k])
-        index = torch.tensor(chosen, device=rows.device).reshape(-1, family.top_k)
+        groups = biased.split(size, dim=1)
+        worth = torch.stack([group.topk(2).values.sum(-1) for group in groups], dim=1)
+        best = largest(worth, family.top_groups)
+        for number, group in enumerate(groups):
+            group[(best != number).all(-1)] = -math.inf
+        index = largest(biased, family.top_k)
         weights = scores.gather(1, index)
         if family.normalise:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)

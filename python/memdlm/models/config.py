@@ -29,7 +29,7 @@ class DecoderConfig(PreTrainedConfig):
         if self.architectures is None:
             self.architectures = [self.known_architectures[0]]
         config: Any = self
-        if config.num_key_value_heads is None:
+        if not config.num_key_value_heads:
             config.num_key_value_heads = config.num_attention_heads
         self.check()
 
@@ -105,9 +105,12 @@ class DecoderConfig(PreTrainedConfig):
                 "num_key_value_heads", f"a divisor of {heads} heads", self.num_key_value_heads
             )
         if not 0 < self.rotary_width <= self.head_width or self.rotary_width % 2:
-            factor = getattr(self, "partial_rotary_factor", 1.0)
+            has_factor = hasattr(self, "partial_rotary_factor")
+            key = "partial_rotary_factor" if has_factor else "num_attention_heads"
             self.refuse(
-                "partial_rotary_factor", f"an even part of a head of {self.head_width}", factor
+                key,
+                f"such that an even part of a head's {self.head_width} elements is rotated",
+                getattr(self, key),
             )
 
     def refuse(self, key: str, must_be: str, value: Any) -> None:

@@ -200,9 +200,12 @@ class Decoder(nn.Module):
 
         Returns:
             [B, L, D], after the last norm.
+
+        Raises:
+            ValueError: both or none of the inputs, a mask that the attention cannot take.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
+            raise ValueError("give either input_ids or inputs_embeds, not both and not none")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
             position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None]

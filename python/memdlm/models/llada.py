@@ -70,9 +70,9 @@ class LLaDAConfig(DecoderConfig):
     eos_token_id: int | None = 126081
 
     def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
         if self.mlp_hidden_size is None:
             self.mlp_hidden_size = self.mlp_ratio * self.d_model
-        super().__post_init__(**kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

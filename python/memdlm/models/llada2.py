@@ -85,8 +85,8 @@ class LLaDA2MoeConfig(DecoderConfig):
                 f"partial_rotary_factor of a head, {self.rotary_width}",
                 self.rotary_dim,
             )
-        group_size, rest = divmod(self.num_experts, self.n_group)
-        if rest or group_size < 2:
+        group_size, rest = divmod(self.num_experts, max(self.n_group, 1))
+        if self.n_group < 1 or rest or group_size < 2:
             self.refuse(
                 "n_group",
                 f"such that {self.num_experts} experts form groups of 2 or more",
