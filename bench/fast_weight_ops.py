@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bench.timing import interleaved_ms, machine, peak_mib, percentiles, write_rows
-from memdlm_kernels import fast_weight_reset_, fast_weight_sgd_, lora_linear
+from memdlm_kernels import fast_weight_reset_, fast_weight_sgd_, grouped_lora_linear, lora_linear
 
 Variants = dict[str, Callable[[], Any]]
 
@@ -21,6 +22,13 @@ _LR, _MAX_NORM = 0.1, 1.0
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # S (above 1, each sequence has its own fast weights), L, in, out.
 _LAYERS = ((1, 1024, 384, 1024), (1, 1024, 1024, 384), (1, 2048, 1024, 4096), (8, 256, 384, 1024))
+# S, E, N, in, out, projections. The last has the groups of a large model: 1,024 rows.
+_EXPERTS = (
+    (1, 64, 8192, 256, 256, 2),
+    (1, 64, 8192, 256, 256, 1),
+    (8, 64, 8192, 256, 256, 2),
+    (1, 2, 2048, 2048, 2048, 2),
+)
 # S, P, elements in a tensor.
 _STATES = ((1, 24, 22_528), (8, 24, 22_528), (1, 200, 200_000))
 
@@ -55,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
         ours_ms = rows[0]["p50_ms"]
         for row in rows:
             print(
-                f"{case:44} {row['variant']:10} p20 {row['p20_ms']:9.3f} p50 {row['p50_ms']:9.3f} "
+                f"{case:52} {row['variant']:10} p20 {row['p20_ms']:9.3f} p50 {row['p50_ms']:9.3f} "
                 f"p80 {row['p80_ms']:9.3f} ms  {row['p50_ms'] / ours_ms:6.2f}x ours  "
                 f"peak {row['peak_mib']:.0f} MiB"
             )
@@ -87,6 +95,61 @@ def _lora_linear(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str
 
 def _plain_lora(x: Tensor, base: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     return base + (x @ A.to(x.dtype).mT @ B.to(x.dtype).mT) * scale
+
+
+def _grouped_lora_linear(
+    dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[str, Variants]]:
+    """As _lora_linear, over experts; "layer" is the frozen grouped layer that the update is of."""
+    for sets, experts, rows, columns, out, projections in _EXPERTS:
+        own = (sets,) if sets > 1 else ()
+        group = torch.randint(experts * sets, (rows,))
+        offsets = torch.bincount(group, minlength=experts * sets).cumsum(0).int().to(device)
+        tensors = {
+            "x": torch.randn(rows, columns, device=device).to(dtype),
+            "base": torch.randn(rows, out, device=device).to(dtype),
+            "A": torch.randn(*own, experts, projections * _RANK, columns, device=device)
+            / columns**0.5,
+            "B": torch.randn(*own, experts, out, _RANK, device=device),
+            "offsets": offsets.view(experts, *own),
+        }
+        weight = torch.randn(experts, out, columns, device=device).to(dtype)
+        expert_offsets = offsets[sets - 1 :: sets].contiguous()
+        grad_out = torch.randn(rows, out, device=device).to(dtype)
+
+        def loop(**arguments: Any) -> Tensor:
+            return grouped_lora_linear(**arguments, backend="reference")
+
+        def layer(x: Tensor, offs=expert_offsets, weight=weight, **_: Any) -> Tensor:
+            return F.grouped_mm(x, weight.mT, offs=offs)
+
+        for wanted in ((), ("A", "B"), ("x", "base"), ("x", "base", "A", "B")):
+            functions = {"ours": grouped_lora_linear, "loop": loop, "plain": _plain_grouped_lora}
+            variants = {
+                name: _forward_backward(function, tensors, wanted, grad_out)
+                for name, function in functions.items()
+            }
+            expected = variants["ours"]()
+            for name in ("loop", "plain"):
+                for ours, other in zip(expected, variants[name](), strict=True):
+                    atol = 0.02 * other.abs().max().item()
+                    torch.testing.assert_close(ours, other, rtol=0, atol=atol)
+            of_layer = tuple(name for name in wanted if name == "x")
+            variants["layer"] = _forward_backward(layer, tensors, of_layer, grad_out)
+            case = f"[{rows}, {columns}] to {projections} x {out // projections}, E {experts}"
+            yield f"{case}, S {sets}, grad {''.join(wanted) or '-'}", variants
+
+
+def _plain_grouped_lora(
+    x: Tensor, base: Tensor, A: Tensor, B: Tensor, offsets: Tensor, scale: float
+) -> Tensor:
+    if A.dim() == 4:
+        A, B = A.transpose(0, 1).flatten(0, 1), B.transpose(0, 1).flatten(0, 1)
+    A, B, offs, rank = A.to(x.dtype), B.to(x.dtype), offsets.flatten(), B.shape[-1]
+    shrinks = F.grouped_mm(x, A.mT, offs=offs).split(rank, dim=-1)
+    blocks = B.chunk(len(shrinks), dim=1)
+    update = [F.grouped_mm(s, b.mT, offs=offs) for s, b in zip(shrinks, blocks, strict=True)]
+    return base + scale * (torch.cat(update, dim=-1) if len(update) > 1 else update[0])
 
 
 def _forward_backward(
@@ -158,6 +221,7 @@ def _fast_weight_reset(dtype: torch.dtype, device: torch.device) -> Iterator[tup
 
 
 _CASES = {
+    "grouped_lora_linear": _grouped_lora_linear,
     "lora_linear": _lora_linear,
     "fast_weight_sgd_": _fast_weight_sgd,
     "fast_weight_reset_": _fast_weight_reset,

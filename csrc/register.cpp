@@ -9,6 +9,13 @@ STABLE_TORCH_LIBRARY(memdlm_C, m) {
       "str clip, Tensor(b!) norm, Tensor(c!) skipped) -> ()");
   m.def("fast_weight_reset_(Tensor(a!) param, Tensor segments, Tensor bounds, Tensor seed) -> ()");
   m.def(
+      "grouped_lora_linear(Tensor x, Tensor base, Tensor A, Tensor B, Tensor offsets, float scale, "
+      "Tensor(a!) out, Tensor(b!) shrink) -> ()");
+  m.def(
+      "grouped_lora_linear_backward(Tensor grad_out, Tensor? x, Tensor? shrink, Tensor A, "
+      "Tensor B, Tensor offsets, float scale, Tensor(a!) grad_shrink, Tensor(b!)? grad_x, "
+      "Tensor(c!)? grad_A, Tensor(d!)? grad_B) -> ()");
+  m.def(
       "lora_linear(Tensor x, Tensor base, Tensor A, Tensor B, float scale, Tensor(a!) out, "
       "Tensor(b!) shrink) -> ()");
   m.def(

@@ -1,13 +1,14 @@
 """Fused ops for training masked diffusion language models with fast weights (MemDLM).
 
 Dimension legend, used as names throughout: B batch, L length, N = B * L rows, M masked rows,
-V vocabulary, D hidden, R rank, S sets of fast weights (1, or one for each sequence),
-P fast-weight tensors, T fast-weight elements in one set.
+V vocabulary, D hidden, R rank, E experts, S sets of fast weights (1, or one for each sequence),
+P fast-weight tensors (of grouped_lora_linear: projections), T fast-weight elements in one set.
 """
 
 from memdlm_kernels._build import build_info
 from memdlm_kernels.fast_weight_reset import fast_weight_reset_
 from memdlm_kernels.fast_weight_sgd import fast_weight_sgd_
+from memdlm_kernels.grouped_lora_linear import grouped_lora_linear
 from memdlm_kernels.lora_linear import lora_linear
 from memdlm_kernels.masked_cross_entropy import masked_cross_entropy
 from memdlm_kernels.masked_linear_cross_entropy import masked_linear_cross_entropy
@@ -16,6 +17,7 @@ __all__ = [
     "build_info",
     "fast_weight_reset_",
     "fast_weight_sgd_",
+    "grouped_lora_linear",
     "lora_linear",
     "masked_cross_entropy",
     "masked_linear_cross_entropy",

@@ -8,10 +8,16 @@ from typing import Any
 
 from torch.utils.flop_counter import register_flop_formula
 
+from memdlm_kernels.grouped_lora_linear.op import FLOP_FORMULAS as GROUPED_LORA_LINEAR
 from memdlm_kernels.lora_linear.op import FLOP_FORMULAS as LORA_LINEAR
 from memdlm_kernels.masked_cross_entropy.op import FLOP_FORMULAS as MASKED_CROSS_ENTROPY
 from memdlm_kernels.masked_linear_cross_entropy.op import FLOP_FORMULAS as MASKED_LINEAR
 
-for _op, _formula in {**LORA_LINEAR, **MASKED_CROSS_ENTROPY, **MASKED_LINEAR}.items():
+for _op, _formula in {
+    **GROUPED_LORA_LINEAR,
+    **LORA_LINEAR,
+    **MASKED_CROSS_ENTROPY,
+    **MASKED_LINEAR,
+}.items():
     _register: Callable[[Any], Any] = register_flop_formula(_op)
     _register(_formula)

@@ -1,47 +1,31 @@
 // A low-rank update folded into the output of a frozen layer: library GEMMs only. The addition is
 // in the epilogue of the last one, and the scale in that of the products with R columns, where it
 // costs nothing, so that no pass over [rows, out] is left to write.
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <optional>
 
-#include "check.h"
+#include "gemm.h"
 
 namespace memdlm {
 namespace {
 
 using torch::stable::Tensor;
 
-// out = beta * addend + alpha * left @ right: [M, K] @ [K, N], or one such product for each set.
-// With beta 0 the addend is not read.
-void multiply(const Tensor& out, double beta, const Tensor& addend, double alpha,
-              const Tensor& left, const Tensor& right) {
-  const auto gemm = left.dim() == 3 ? aoti_torch_cpu_baddbmm_out : aoti_torch_cpu_addmm_out;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      gemm(out.get(), addend.get(), left.get(), right.get(), beta, alpha));
-}
-
 Tensor transposed(const Tensor& matrix) {
   return torch::stable::transpose(matrix, matrix.dim() - 2, matrix.dim() - 1);
-}
-
-void check_gemm_operand(const Tensor& tensor, const char* name, const Tensor& like) {
-  STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU");
-  STD_TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), name, " must have x's dtype");
-  STD_TORCH_CHECK(tensor.dim() == like.dim(), name, " must have x's dimensions");
 }
 
 // x [(S,) L, in], base and out [(S,) L, out], A [(S,) R, in], B [(S,) out, R]; shrink
 // [(S,) L, R] becomes scale * x Aᵀ.
 void lora_linear(const Tensor& x, const Tensor& base, const Tensor& A, const Tensor& B,
                  double scale, const Tensor& out, const Tensor& shrink) {
-  check_gemm_operand(base, "base", x);
-  check_gemm_operand(A, "A", x);
-  check_gemm_operand(B, "B", x);
-  check_gemm_operand(out, "out", x);
-  check_gemm_operand(shrink, "shrink", x);
+  check_gemm_operand(base, "base", x, x.dim());
+  check_gemm_operand(A, "A", x, x.dim());
+  check_gemm_operand(B, "B", x, x.dim());
+  check_gemm_operand(out, "out", x, x.dim());
+  check_gemm_operand(shrink, "shrink", x, x.dim());
   multiply(shrink, 0, shrink, scale, x, transposed(A));
   multiply(out, 1, base, 1, shrink, transposed(B));
 }
@@ -52,8 +36,8 @@ void lora_linear_backward(const Tensor& grad_out, const std::optional<Tensor>& x
                           double scale, const Tensor& grad_shrink,
                           const std::optional<Tensor>& grad_x, const std::optional<Tensor>& grad_A,
                           const std::optional<Tensor>& grad_B) {
-  check_gemm_operand(A, "A", grad_out);
-  check_gemm_operand(B, "B", grad_out);
+  check_gemm_operand(A, "A", grad_out, grad_out.dim());
+  check_gemm_operand(B, "B", grad_out, grad_out.dim());
   STD_TORCH_CHECK(!grad_A || x, "grad_A needs x");
   STD_TORCH_CHECK(!grad_B || shrink, "grad_B needs shrink");
   if (grad_x || grad_A) multiply(grad_shrink, 0, grad_shrink, scale, grad_out, B);

@@ -1,0 +1,3 @@
+from memdlm_kernels.grouped_lora_linear.op import grouped_lora_linear
+
+__all__ = ["grouped_lora_linear"]
