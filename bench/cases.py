@@ -6,6 +6,7 @@ from pathlib import Path
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
 import memdlm.demo
+from memdlm.models import LLaDAMoEConfig
 
 _DEMO_BASE = Path(memdlm.demo.__file__).parent / "base"
 
@@ -29,8 +30,15 @@ class StepCase:
     outer_lora_rank: int | None
 
 
+PRESETS = ("tiny", "dense_small", "llada_moe_small")
+
+
 def step_case(name: str) -> StepCase:
-    """The case of a preset: "tiny" is the demo's model and batch, "dense_small" a 60 M model."""
+    """The case of a preset.
+
+    "tiny" is the demo's model and batch, "dense_small" a decoder of 60 M parameters,
+    "llada_moe_small" one of 64 experts, an eighth of LLaDA-MoE in every width.
+    """
     if name == "tiny":
         return StepCase(AutoConfig.from_pretrained(_DEMO_BASE), 8, 256, 0.8, None)
     if name == "dense_small":
@@ -44,4 +52,20 @@ def step_case(name: str) -> StepCase:
             max_position_embeddings=512,
         )
         return StepCase(config, 2, 512, 0.8, 32)
-    raise ValueError(f"preset must be 'tiny' or 'dense_small', got {name!r}")
+    if name == "llada_moe_small":
+        sparse = LLaDAMoEConfig(
+            vocab_size=32_000,
+            hidden_size=256,
+            expert_intermediate_size=128,
+            num_hidden_layers=16,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            num_experts=64,
+            num_experts_per_tok=8,
+            max_position_embeddings=512,
+            pad_token_id=None,
+            mask_token_id=31_999,
+            eos_token_id=None,
+        )
+        return StepCase(sparse, 2, 512, 0.8, 32)
+    raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")

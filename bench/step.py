@@ -2,7 +2,8 @@
 
 Four kinds of step on the same batches, interleaved in one process: `mdlm_all_rows` is what trainers
 do today (logits and loss at every position), `mdlm` reads masked rows only, `memdlm_naive` is the
-method written plainly, `memdlm` is ours. A step is forward, backward, and AdamW.
+method written plainly, `memdlm` is ours. A step is forward, backward, and AdamW. Where the model
+has experts, the first and the third loop over them, as published models do.
 """
 
 import argparse
@@ -13,19 +14,22 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import send_to_device
 from peft import LoraConfig, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdpa_flop_count
 from transformers import AutoModelForCausalLM
 
 import memdlm_kernels.flops  # noqa: F401 - registers the formulas
-from bench.cases import StepCase, step_case
+from bench.cases import PRESETS, StepCase, step_case
+from bench.looped_experts import with_looped_experts
 from bench.timing import interleaved_ms, machine, peak_mib, percentiles, write_rows
 from memdlm.config import DiffusionConfig, MemoryConfig
 from memdlm.data.collator import MaskCollator, noise
 from memdlm.objective import MDLMObjective, MemDLMObjective
 from tests.oracle import draw_fast_weights, training_step
 
-_LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+_ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+_FFN = ["gate_proj", "up_proj", "down_proj"]
+_STACKED = ["experts.gate_up_proj", "experts.down_proj"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -43,12 +47,24 @@ def _cpu_attention_backward_flops(
     return sdpa_flop_count(query, key, value) * 5 // 2
 
 
+@register_flop_formula(torch.ops.aten._grouped_mm)
+def _grouped_flops(rows: Any, weight: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    # [N, in] by [E, in, out], or for a weight's gradient [in, N] by [N, out].
+    return 2 * rows[0] * rows[1] * weight[-1]
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the benchmark and print its table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", choices=("tiny", "dense_small"), default="tiny")
+    parser.add_argument("--preset", choices=PRESETS, default="tiny")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=tuple(_DTYPES), default="float32")
+    parser.add_argument(
+        "--outer_lora",
+        choices=("all", "attention"),
+        default="all",
+        help="what carries the outer LoRA, in a preset that has one",
+    )
     parser.add_argument("--k", type=int, nargs="+", default=[2], help="inner steps")
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds")
     parser.add_argument("--batches", type=int, default=3, help="batches in one round")
@@ -56,7 +72,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     case = step_case(options.preset)
-    steps = make_steps(case, options.k, options.batches, device, _DTYPES[options.dtype])
+    steps = make_steps(
+        case, options.k, options.batches, device, _DTYPES[options.dtype], options.outer_lora
+    )
+    check_losses(steps)
 
     rounds = {name: _run_all(step, options.batches) for name, step in steps.items()}
     times = interleaved_ms(rounds, options.repeats, device)
@@ -71,6 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
                 "bench": "step",
                 "preset": options.preset,
                 "dtype": options.dtype,
+                "outer_lora": options.outer_lora if case.outer_lora_rank else None,
                 "variant": variant,
                 "k": int(k) if k else None,
                 **percentiles([time_ms / options.batches for time_ms in times[name]]),
@@ -84,8 +104,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def make_steps(
-    case: StepCase, inner_steps: list[int], batches: int, device: torch.device, dtype: torch.dtype
-) -> dict[str, Callable[[int], None]]:
+    case: StepCase,
+    inner_steps: list[int],
+    batches: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    outer_lora: str = "all",
+) -> dict[str, Callable[[int], Tensor]]:
     """A training step of each variant, as a function of the batch's number.
 
     Args:
@@ -93,48 +118,86 @@ def make_steps(
         inner_steps: the K of `memdlm`, and the first of `memdlm_naive`.
         batches: how many batches there are.
         device, dtype: of the model.
+        outer_lora: "all" or "attention", what carries the outer LoRA.
 
     Returns:
-        Variant (with " K=..." where it has one) to step.
+        Variant (with " K=..." where it has one) to a step that returns its loss.
     """
     torch.manual_seed(0)
     bare = AutoModelForCausalLM.from_config(case.config).to(device, dtype)
-    model: nn.Module = bare
-    if case.outer_lora_rank is not None:
-        rank = case.outer_lora_rank
-        lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=_LORA_TARGETS)
-        model = get_peft_model(bare, lora)
-    model.train()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-5)
+    looped = with_looped_experts(bare)
     diffusion = DiffusionConfig()
+    model, optimised = _trained(bare, case.outer_lora_rank, outer_lora)
+    # Without experts there is one model, which has its LoRA now.
+    published, optimised_published = model, optimised
+    if looped is not bare:
+        published, optimised_published = _trained(looped, case.outer_lora_rank, outer_lora)
 
-    def optimised(loss_and_backward: Callable[[int], None]) -> Callable[[int], None]:
-        def step(number: int) -> None:
-            optimizer.zero_grad()
-            loss_and_backward(number)
-            optimizer.step()
-
-        return step
-
-    steps: dict[str, Callable[[int], None]] = {}
+    steps: dict[str, Callable[[int], Tensor]] = {}
     plain = _batches(case, diffusion, None, batches, device)
-    steps["mdlm_all_rows"] = optimised(lambda number: _all_rows(model, plain[number]))
+    steps["mdlm_all_rows"] = optimised_published(lambda n: _all_rows(published, plain[n]))
     objective = MDLMObjective(model, diffusion)
-    steps["mdlm"] = optimised(lambda number: objective(plain[number]).loss.backward())
+    steps["mdlm"] = optimised(lambda n: _backward(objective, plain[n]))
     for k in inner_steps:
         memory = MemoryConfig(inner_steps=k)
         own = _batches(case, diffusion, memory, batches, device)
-        naive = _naive_step(bare, case, diffusion, memory, own)
-        steps[f"memdlm_naive K={k}"] = optimised(naive)
+        naive = _naive_step(looped, case, diffusion, memory, own)
+        steps[f"memdlm_naive K={k}"] = optimised_published(naive)
         ours = MemDLMObjective(model, diffusion, memory)
-        steps[f"memdlm K={k}"] = optimised(
-            lambda number, ours=ours, own=own: ours(own[number]).loss.backward()
-        )
+        steps[f"memdlm K={k}"] = optimised(lambda n, ours=ours, own=own: _backward(ours, own[n]))
     return steps
 
 
-def _run_all(step: Callable[[int], None], batches: int) -> Callable[[], None]:
+def check_losses(steps: dict[str, Callable[[int], Tensor]]) -> None:
+    """Run the first step of both plain variants, whose LoRA is still zero: the losses must agree.
+
+    Raises:
+        ValueError: they do not.
+    """
+    losses = {name: float(steps[name](0)) for name in ("mdlm_all_rows", "mdlm")}
+    all_rows, masked = losses.values()
+    if abs(all_rows - masked) > 0.01 * abs(all_rows):
+        raise ValueError(f"the variants must compute the same loss, got {losses}")
+
+
+def _trained(
+    bare: nn.Module, rank: int | None, outer_lora: str
+) -> tuple[nn.Module, Callable[[Callable[[int], Tensor]], Callable[[int], Tensor]]]:
+    """The model with its LoRA, and what makes an optimised step of a forward and backward."""
+    model = bare
+    if rank is not None:
+        sparse = any(name.endswith(_STACKED[0]) for name, _ in bare.named_parameters())
+        everything = outer_lora == "all"
+        lora = LoraConfig(
+            r=rank,
+            lora_alpha=2 * rank,
+            target_modules=_ATTENTION + (_FFN if everything else []),
+            target_parameters=_STACKED if sparse and everything else None,
+        )
+        model = get_peft_model(bare, lora)  # type: ignore[arg-type]
+    model.train()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5)
+
+    def optimised(loss_and_backward: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
+        def step(number: int) -> Tensor:
+            optimizer.zero_grad()
+            loss = loss_and_backward(number)
+            optimizer.step()
+            return loss
+
+        return step
+
+    return model, optimised
+
+
+def _backward(objective: nn.Module, batch: dict[str, Any]) -> Tensor:
+    loss = objective(batch).loss
+    loss.backward()
+    return loss.detach()
+
+
+def _run_all(step: Callable[[int], Tensor], batches: int) -> Callable[[], None]:
     def run() -> None:
         for number in range(batches):
             step(number)
@@ -170,7 +233,7 @@ def _batches(
     return batches
 
 
-def _all_rows(model: nn.Module, batch: dict[str, Any]) -> None:
+def _all_rows(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     """The step that masked diffusion trainers run today."""
     noisy, clean = batch["anchor"]["input_ids"], batch["input_ids"]
     logits = model(input_ids=noisy, is_causal=False, use_cache=False).logits  # [B, L, V]
@@ -178,6 +241,7 @@ def _all_rows(model: nn.Module, batch: dict[str, Any]) -> None:
     weight = (1 / batch["time"]).to(nll.dtype)[:, None] * (noisy != clean)
     loss = (nll * weight).sum() / batch["normalizer"]
     loss.backward()
+    return loss.detach()
 
 
 def _naive_step(
@@ -186,7 +250,7 @@ def _naive_step(
     diffusion: DiffusionConfig,
     memory: MemoryConfig,
     batches: list[dict[str, Any]],
-) -> Callable[[int], None]:
+) -> Callable[[int], Tensor]:
     mask_id = case.config.vocab_size - 1
     fast_weights = draw_fast_weights(model, memory, 1)
     epsilon = diffusion.time_epsilon
@@ -200,9 +264,9 @@ def _naive_step(
         for number in range(len(batches))
     ]
 
-    def step(number: int) -> None:
+    def step(number: int) -> Tensor:
         batch = batches[number]
-        training_step(
+        done = training_step(
             model,
             batch["input_ids"],
             batch["labels"],
@@ -214,6 +278,7 @@ def _naive_step(
             memory,
             fast_weights,
         )
+        return done.outer_loss
 
     return step
 

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, OlmoeConfig
 
 from memdlm.models import DreamConfig, LLaDA2MoeConfig, LLaDAConfig, LLaDAMoEConfig
 from memdlm.models.rotary import RotaryEmbedding
-from tests.plain import Plain, load_published
+from tests.plain import Plain
 from tests.tiny import MASK, PAD, VOCABULARY, norms_in_float64
 
 LAYERS = 4

@@ -377,7 +377,7 @@ def _visible_to_rows(context: Context) -> Tensor | None:
 def _heads(attention: Any, name: str, hidden: Tensor) -> Tensor:
     """Project and split into heads, [B, L, D] to [B, H, L, head_dim], with norms and clip."""
     projected = getattr(attention, f"{name}_proj")(hidden)
-    norm = getattr(attention, f"{name}_norm", None)
+    norm: Any = getattr(attention, f"{name}_norm", None)
     per_head = norm is not None and norm.weight.numel() == attention.head_dim
     if norm is not None and not per_head:  # OLMoE norms all heads as one
         projected = norm(projected)

@@ -148,8 +148,11 @@ def _sort(index: Tensor, expert_count: int, sets: int) -> _Order:
 def _project(
     name: str, experts: Any, rows: Tensor, order: _Order, updates: tuple[Update, ...]
 ) -> Tensor:
-    weight = getattr(experts, name)
-    out = _grouped_linear(rows, weight, order.ends[:, -1])
+    ends = order.ends[:, -1]
+    if is_four_bit(experts):
+        out = _FourBitLinear.apply(rows, experts, name, ends)
+    else:
+        out = _grouped_linear(rows, getattr(experts, name), ends)
     for update in updates:
         if update.projection == name:
             out = _add(update, rows, out, order.ends)
@@ -174,6 +177,24 @@ def _grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         parts = rows.split(ends.diff(prepend=ends.new_zeros(1)).tolist())
         return torch.cat([part @ own.T for part, own in zip(parts, weight, strict=True)])
     return F.grouped_mm(rows, weight.mT, offs=ends.contiguous())
+
+
+class _FourBitLinear(torch.autograd.Function):
+    """The same for a frozen 4-bit parameter, which is dequantised again in backward.
+
+    All experts of a layer in 16 bits are what 4-bit loading is there to avoid.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, experts: Any, name: str, ends: Tensor) -> Tensor:
+        ctx.experts, ctx.name, ctx.ends = experts, name, ends
+        return _grouped_linear(rows, getattr(experts, name), ends)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        weight = getattr(ctx.experts, ctx.name)
+        return _grouped_linear(grad.contiguous(), weight.mT, ctx.ends), None, None, None
 
 
 class _Permute(torch.autograd.Function):
@@ -206,9 +227,15 @@ class _Spread(torch.autograd.Function):
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, grouped_experts)
 
 
+def is_four_bit(experts: nn.Module) -> bool:
+    """Whether stacked experts are kept in 4 bits (`memdlm.four_bit`)."""
+    return any(not parameter.is_floating_point() for parameter in experts.parameters())
+
+
 def stacked_experts(module: nn.Module) -> Any:
     """The module of stacked experts that `module` is or that PEFT wraps; None if it is another."""
     base: Any = module
     while hasattr(base, "base_layer"):
         base = base.base_layer
-    return base if all(hasattr(base, name) for name in PROJECTIONS) else None
+    wanted = ("num_experts", *PROJECTIONS)
+    return base if all(hasattr(base, name) for name in wanted) else None

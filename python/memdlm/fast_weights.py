@@ -82,6 +82,7 @@ class FastWeights:
         self._offsets: list[int] = torch.tensor(sizes).cumsum(0).tolist()
         self._read: Sequence[Sequence[Tensor]] | None = None
         self._writes = 0
+        self._dtype = self._dtype_of_state()
         self._allocate(1, self._device())
         self._handles = [
             self._attach(index, module) for index, module in enumerate(modules.values())
@@ -92,17 +93,14 @@ class FastWeights:
             return module.register_forward_hook(_LinearHook(self, index))
         return module.register_forward_pre_hook(_ExpertsHook(self, index), with_kwargs=True)
 
-    def _weight(self) -> Tensor:
-        module: Any = next(iter(self.modules.values()))
-        return module.weight if isinstance(module, nn.Linear) else module.gate_up_proj
-
     def _device(self) -> torch.device:
-        return self._weight().device
+        return next(next(iter(self.modules.values())).parameters()).device
 
-    def _dtype(self) -> torch.dtype:
+    def _dtype_of_state(self) -> torch.dtype:
         """fp32, or with "compute" the layers' own; a quantised layer tells its compute dtype."""
-        module = next(iter(self.modules.values()))
-        dtype = self._weight().dtype
+        module: Any = next(iter(self.modules.values()))
+        weight = module.weight if isinstance(module, nn.Linear) else module.gate_up_proj
+        dtype = weight.dtype
         if not dtype.is_floating_point:
             dtype = getattr(module, "compute_dtype", None) or torch.float32
         narrow = self.config.state_dtype == "compute" or dtype == torch.float64
@@ -117,7 +115,7 @@ class FastWeights:
             bounds += [stack.bound] * stack.count
         self.segments = torch.tensor(begins, device=device)
         self.bounds = torch.tensor(bounds, dtype=torch.float64, device=device)
-        self.param = torch.zeros(shape, dtype=self._dtype(), device=device)
+        self.param = torch.zeros(shape, dtype=self._dtype, device=device)
         self.grad = torch.zeros_like(self.param)
         self._frozen = self._views(self.param)
         self._leaves = [view.detach().requires_grad_() for view in self._frozen]

@@ -36,6 +36,8 @@ class RunOptions:
         mask_token_id: instead, its id.
         objective: "memdlm" writes the memory for every batch, "mdlm" is plain masked diffusion.
         dtype: of the model's weights; "auto" is what they were saved in.
+        load_in_4bit: keep the frozen weights in 4-bit NF4 (bitsandbytes), as QLoRA does; needs
+            `lora`. The matrix products are in `dtype`.
         attn_implementation: attention of transformers, say "sdpa", "eager", "flash_attention_2".
         lora: train a LoRA (PEFT) instead of all weights.
         lora_rank: rank of that LoRA.
@@ -44,7 +46,7 @@ class RunOptions:
         lora_targets: names of the linear layers that get it; attention and FFN if not given, never
             the head.
         lora_target_parameters: names of the stacked parameters that get it; those of the experts if
-            neither this nor `lora_targets` is given.
+            neither this nor `lora_targets` is given. Not with `load_in_4bit`.
         memory_gap_steps: every so many steps, log the loss of one batch with and without memory;
             0 is never.
         resume_from_checkpoint: a checkpoint folder, or true for the last one in `output_dir`.
@@ -68,6 +70,7 @@ class RunOptions:
     mask_token_id: int | None = None
     objective: Literal["memdlm", "mdlm"] = "memdlm"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    load_in_4bit: bool = False
     attn_implementation: str = "sdpa"
     lora: bool = False
     lora_rank: int = 32
@@ -249,6 +252,7 @@ def make_run(given: Mapping[str, Any]) -> Run:
     diffusion = from_options(DiffusionConfig, rest)
     memory = from_options(MemoryConfig, rest)
     options = from_options(RunOptions, rest)
+    _check_four_bit(options)
     arguments = TrainingArguments(
         **(ARGUMENT_DEFAULTS | rest), remove_unused_columns=False, label_names=["labels"]
     )
@@ -257,6 +261,18 @@ def make_run(given: Mapping[str, Any]) -> Run:
     _check(arguments, "seed", "at least 0", lambda value: value >= 0)
     _check_block_size(options, diffusion)
     return Run(options, diffusion, memory if options.objective == "memdlm" else None, arguments)
+
+
+def _check_four_bit(options: RunOptions) -> None:
+    if not options.load_in_4bit:
+        return
+    if not options.lora:
+        raise ValueError("load_in_4bit needs lora: 4-bit weights cannot be trained")
+    if options.lora_target_parameters:
+        raise ValueError(
+            "lora_target_parameters must be left out with load_in_4bit: PEFT adapts no 4-bit "
+            f"parameter, got {options.lora_target_parameters}"
+        )
 
 
 def _check_block_size(options: RunOptions, diffusion: DiffusionConfig) -> None:

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
+from accelerate import PartialState
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
@@ -20,6 +22,7 @@ from memdlm.checkpoint import check_resumable, last_checkpoint
 from memdlm.data.collator import MaskCollator
 from memdlm.data.dataset import load_examples, prepare_examples
 from memdlm.experts import PROJECTIONS as STACKED
+from memdlm.four_bit import four_bit_config, prepare_four_bit
 from memdlm.objective import MDLMObjective, MemDLMObjective
 from memdlm.options import Run, RunOptions
 from memdlm.trainer import MemDLMTrainer
@@ -50,7 +53,7 @@ def train(run: Run) -> dict[str, float]:
     train_examples, eval_examples = _load_data(run, config, tokenizer)
 
     set_seed(arguments.seed)  # the outer LoRA is drawn before the Trainer seeds
-    model = _load_model(options, lora)
+    model = _load_model(options, config, lora)
     if run.memory is None:
         objective = MDLMObjective(model, run.diffusion)
     else:
@@ -182,16 +185,28 @@ def _load_data(
     return prepare(options.dataset, training, options.max_train_examples), evaluation
 
 
-def _load_model(options: RunOptions, lora: LoraConfig | None) -> nn.Module:
+def _load_model(options: RunOptions, config: Any, lora: LoraConfig | None) -> nn.Module:
+    placed: dict[str, Any] = {}
+    if options.load_in_4bit:
+        own = config.dtype or torch.float32
+        dtype = own if options.dtype == "auto" else getattr(torch, options.dtype)
+        # Weights are quantised on the device that they stay on.
+        placed["device_map"] = {"": PartialState().device}
+        placed["quantization_config"] = four_bit_config(dtype)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             options.model,
             dtype=options.dtype,
             attn_implementation=options.attn_implementation,
+            **placed,
         )
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"model {options.model} cannot be loaded: {_first_line(error)}") from error
-    return model if lora is None else get_peft_model(model, lora)
+    if lora is not None:
+        model = get_peft_model(model, lora)
+    if options.load_in_4bit:
+        prepare_four_bit(model)
+    return model
 
 
 def _lora_config(options: RunOptions, config: Any) -> LoraConfig | None:
@@ -200,7 +215,7 @@ def _lora_config(options: RunOptions, config: Any) -> LoraConfig | None:
     chosen = options.lora_targets is not None or options.lora_target_parameters is not None
     sparse = getattr(config, "num_experts", None) is not None
     stacked = options.lora_target_parameters
-    if sparse and not chosen:
+    if sparse and not chosen and not options.load_in_4bit:
         stacked = [f"experts.{name}" for name in STACKED]
     if stacked and options.lora_dropout:
         raise ValueError(
