@@ -32,7 +32,7 @@ class RunOptions:
         padding: "longest" pads to the longest example of a batch, "multiple" that rounded up to
             `pad_to_multiple_of`, "max_length" always to `max_length`.
         pad_to_multiple_of: see `padding`.
-        mask_token: the mask token; the tokenizer's own if not given.
+        mask_token: the mask token; the model's or the tokenizer's own if not given.
         mask_token_id: instead, its id.
         objective: "memdlm" writes the memory for every batch, "mdlm" is plain masked diffusion.
         dtype: of the model's weights; "auto" is what they were saved in.

@@ -117,7 +117,7 @@ def _first_line(error: Exception) -> str:
 
 def _collator(run: Run, config: Any, tokenizer: PreTrainedTokenizerBase) -> MaskCollator:
     options = run.options
-    mask = _mask_token_id(options, tokenizer)
+    mask = _mask_token_id(options, config, tokenizer)
     pad = tokenizer.pad_token_id
     return MaskCollator(
         mask_token_id=mask,
@@ -133,7 +133,7 @@ def _collator(run: Run, config: Any, tokenizer: PreTrainedTokenizerBase) -> Mask
     )
 
 
-def _mask_token_id(options: RunOptions, tokenizer: PreTrainedTokenizerBase) -> int:
+def _mask_token_id(options: RunOptions, config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
     if options.mask_token_id is not None:
         return options.mask_token_id
     if options.mask_token is not None:
@@ -141,11 +141,14 @@ def _mask_token_id(options: RunOptions, tokenizer: PreTrainedTokenizerBase) -> i
         if options.mask_token not in vocabulary:
             raise ValueError(f"mask_token {options.mask_token!r} is not a token of {options.model}")
         return vocabulary[options.mask_token]
-    if tokenizer.mask_token_id is None:
-        raise ValueError(
-            f"the tokenizer of {options.model} has no mask token: set mask_token or mask_token_id"
-        )
-    return tokenizer.mask_token_id
+    # What the model was trained with; LLaDA-8B's tokenizer does not say it.
+    for known in (getattr(config, "mask_token_id", None), tokenizer.mask_token_id):
+        if known is not None:
+            return known
+    raise ValueError(
+        f"{options.model} has no mask token, in its config or its tokenizer: set mask_token or "
+        "mask_token_id"
+    )
 
 
 def _max_length(options: RunOptions, config: Any) -> int:

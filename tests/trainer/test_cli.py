@@ -11,11 +11,13 @@ import time
 
 import datasets
 import pytest
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from memdlm.cli import main, train_help
 from memdlm.config import DiffusionConfig, MemoryConfig
 from memdlm.key_values import read_yaml
+from memdlm.models import LLaDA2MoeConfig
 from memdlm.options import REJECTED_ARGUMENTS, RunOptions, key_hints, make_run
 from tests.trainer.trainer_case import VOCABULARY, WORDS, tiny_model, tiny_tokenizer
 
@@ -179,6 +181,13 @@ BAD = [
     ({"eval_strategy": "steps"}, "eval_strategy would not be read: there is no evaluation data"),
     ({"mask_token": "<mask>", "mask_token_id": 1}, "mask_token would not be read"),
     ({"dataset_split": "test"}, "dataset_split would not be read: a JSON file has no splits"),
+    ({"block_size": 0}, "block_size must be a whole number, at least 1, or None, got 0"),
+    ({"block_size": 4}, "block_size must divide .* got block_size 4 and padding 'longest'"),
+    (
+        {"block_size": 4, "padding": "multiple", "pad_to_multiple_of": 6},
+        "block_size must divide .* got block_size 4 and padding 'multiple' to 6",
+    ),
+    ({"load_in_4bit": "true"}, "load_in_4bit needs lora"),
     ({"label_smoothing_factor": 0.1}, "label_smoothing_factor cannot be set"),
     ({"remove_unused_columns": "true"}, "remove_unused_columns cannot be set"),
     ({"mask_token": "<hidden>"}, "mask_token '<hidden>' is not a token of"),
@@ -207,16 +216,77 @@ def test_bad_input_is_one_clear_line_before_any_work(
     assert not list(output.glob("*"))
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "gpt2"}, "model must be one of llama, .*whose model_type is 'gpt2'"),
+        ({"model_type": "nothing"}, "model .* cannot be read: .*nothing"),
+        ({"model_type": "llada"}, "architectures of a config of type 'llada' must be one of"),
+    ],
+)
+def test_a_model_of_no_known_family_is_an_error(folder, tmp_path, capsys, config, message):
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    assert main(arguments(folder, tmp_path / "out", model=tmp_path / "model")) == 2
+    assert re.search(message, capsys.readouterr().err.strip().splitlines()[-1])
+
+
+def test_a_sparse_model_trains_in_blocks_with_an_outer_lora_on_its_experts(folder, tmp_path):
+    config = LLaDA2MoeConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        moe_intermediate_size=8,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        n_group=2,
+        topk_group=1,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        mask_token_id=1,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    keys = {"model": tmp_path / "model", "lora": "true", "lora_rank": 2, "block_size": 4}
+    keys |= {"padding": "multiple", "pad_to_multiple_of": 8, "scope": "sample"}
+    assert main(arguments(folder, tmp_path / "out", **keys)) == 0
+    saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert set(saved["target_parameters"]) == {"experts.gate_up_proj", "experts.down_proj"}
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    adapted = PeftModel.from_pretrained(base, tmp_path / "out")
+    trained = [
+        p for name, p in adapted.named_parameters() if "experts" in name and "lora_B" in name
+    ]
+    assert len(trained) == 2 * 2 + 2 * 3  # stacked of two layers, and their shared experts
+    assert all(parameter.any() for parameter in trained)
+    bad = keys | {"lora_dropout": 0.1}
+    assert main(arguments(folder, tmp_path / "other", **bad)) == 2
+
+
 def test_a_word_without_a_key_is_an_error(capsys):
     assert main(["train", "model"]) == 2
     assert "expected --key value, got 'model'" in capsys.readouterr().err
 
 
-def test_a_tokenizer_without_a_mask_token_is_an_error(folder, tmp_path, capsys):
+def test_a_model_without_a_mask_token_is_an_error(folder, tmp_path, capsys):
     tiny_model().save_pretrained(tmp_path / "model")
     tiny_tokenizer(mask_token=None).save_pretrained(tmp_path / "model")
     assert main(arguments(folder, tmp_path / "out", model=tmp_path / "model")) == 2
-    assert "has no mask token: set mask_token or mask_token_id" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "has no mask token, in its config or its tokenizer: set mask_token or" in error
+
+
+def test_the_models_own_mask_token_is_taken(folder, tmp_path, capsys):
+    model = tiny_model()
+    model.config.mask_token_id = VOCABULARY + 3
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    assert main(arguments(folder, tmp_path / "out", model=tmp_path / "model")) == 2
+    assert f"got {VOCABULARY + 3}" in capsys.readouterr().err  # not the tokenizer's
 
 
 @pytest.mark.parametrize("content", ["- a list\n", "a: [1\n", "1: 2\n"])

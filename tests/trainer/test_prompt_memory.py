@@ -5,6 +5,7 @@ import torch
 
 from memdlm.config import DiffusionConfig, MemoryConfig
 from memdlm.prompt_memory import PromptMemory
+from tests.families import FAMILIES, make_family_model
 from tests.tiny import MASK, PAD, VOCABULARY, make_model
 
 PROMPTS = ([3, 1, 4, 1, 5, 9, 2, 6, 5, 3], [2, 7, 1, 8], [1, 6, 1, 8, 0, 3, 3])
@@ -42,6 +43,21 @@ def test_each_prompt_has_the_memory_that_it_has_alone(model, inner_steps):
         for row, prompt in enumerate(same_length):
             with memory.write([prompt]):
                 torch.testing.assert_close(together[row : row + 1], logits(model, prompt))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_every_backbone_reads_the_memory_of_its_row(family):
+    model = make_family_model(family).eval()
+    memory = make_memory(model)
+    same_length = [prompt[:4] for prompt in PROMPTS]
+    with memory.write(same_length):
+        together = model(torch.tensor(same_length), is_causal=False, use_cache=False).logits
+    bare = model(torch.tensor(same_length), is_causal=False, use_cache=False).logits
+    assert not torch.allclose(together, bare)
+    for row, prompt in enumerate(same_length):
+        with memory.write([prompt]):
+            torch.testing.assert_close(together[row : row + 1], logits(model, prompt))
 
 
 def test_ragged_prompts_do_not_touch_each_other(model):
