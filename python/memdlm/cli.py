@@ -37,28 +37,53 @@ def train(words: Sequence[str]) -> None:
 def demo(words: Sequence[str]) -> None:
     """Train MDLM and MemDLM side by side on real English, and write a report."""
     from memdlm.demo.options import DemoOptions
-    from memdlm.key_values import describe, read_command_line, suggest, typed
 
-    hints = get_type_hints(DemoOptions)
-    if any(word in HELP for word in words):
-        print("usage: memdlm demo [--key value ...]\n")
-        for name, meaning in _meanings(DemoOptions).items():
-            default = getattr(DemoOptions, name)
-            print(f"  --{name}: {describe(hints[name])} (default {default})\n      {meaning}")
+    options = _read("demo", DemoOptions, words)
+    if options is None:
         return
-    given = read_command_line(words, hints)
-    for key in given:
-        if key not in hints:
-            raise ValueError(f"unknown key {key!r}{suggest(key, hints)}")
-    options = DemoOptions(**{key: typed(key, value, hints[key]) for key, value in given.items()})
 
     from memdlm.demo.run import run_demo
 
     run_demo(options)
 
 
+def convert(words: Sequence[str]) -> None:
+    """Make a causal language model a bidirectional one with a mask token."""
+    from memdlm.convert import ConvertOptions
+    from memdlm.convert import convert as convert_model
+
+    options = _read("convert", ConvertOptions, words)
+    if options is not None:
+        print(convert_model(options))
+
+
+def _read(command: str, kind: type[Any], words: Sequence[str]) -> Any:
+    """The options of a command, a dataclass; None where help was asked for, which it prints."""
+    from memdlm.key_values import describe, read_command_line, suggest, typed
+
+    hints = get_type_hints(kind)
+    defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+    required = [name for name, default in defaults.items() if default is dataclasses.MISSING]
+    if any(word in HELP for word in words):
+        lines = [f"usage: memdlm {command} [--key value ...]", ""]
+        for name, meaning in _meanings(kind).items():
+            default = "required" if name in required else f"default {_yaml(defaults[name])}"
+            lines += _entry(name, describe(hints[name]), default, meaning)
+        print("\n".join(lines))
+        return None
+    given = read_command_line(words, hints)
+    for key in given:
+        if key not in hints:
+            raise ValueError(f"unknown key {key!r}{suggest(key, hints)}")
+    for key in required:
+        if not given.get(key):
+            raise ValueError(f"{key} must be given")
+    return kind(**{key: typed(key, value, hints[key]) for key, value in given.items()})
+
+
 # A command is a function of the words after its name, and a line here.
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "convert": convert,
     "demo": demo,
     "train": train,
 }
@@ -127,9 +152,14 @@ def train_help() -> str:
         lines += ["", title]
         for name, meaning in meanings.items():
             default = f"default {_yaml(defaults[name])}" if name in defaults else "required"
-            lines.append(f"  --{name}: {describe(hints[name])} ({default})")
-            lines += textwrap.wrap(meaning, 96, initial_indent=" " * 6, subsequent_indent=" " * 6)
+            lines += _entry(name, describe(hints[name]), default, meaning)
     return "\n".join(lines)
+
+
+def _entry(name: str, kind: str, default: str, meaning: str) -> list[str]:
+    indent = " " * 6
+    text = textwrap.wrap(meaning, 96, initial_indent=indent, subsequent_indent=indent)
+    return [f"  --{name}: {kind} ({default})", *text]
 
 
 def _meanings(kind: type[Any]) -> dict[str, str]:

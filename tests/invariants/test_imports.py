@@ -14,7 +14,7 @@ OPS = sorted(path.parent.name for path in KERNELS.glob("*/op.py"))
 ORDER = (
     "config schedule trajectory loss data models experts four_bit block_mask backbone "
     "fast_weights inner_loop objective prompt_memory inner_log checkpoint trainer sampler "
-    "evaluation report key_values options training demo cli"
+    "evaluation report key_values options training convert demo cli"
 ).split()
 WITHOUT_MODULES = ("config", "schedule", "trajectory", "loss")
 
