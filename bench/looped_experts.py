@@ -41,16 +41,11 @@ class LoopedExperts(nn.ModuleList):
 
 
 def with_looped_experts(model: Any) -> Any:
-    """A copy of a sparse model whose experts are looped over.
+    """A copy of a model, whose experts are looped over where it has some.
 
     Args:
-        model: a causal LM with `mlp.experts` in some layers.
-
-    Returns:
-        The copy; the same model where no layer has experts.
+        model: a causal LM.
     """
-    if not any(hasattr(layer.mlp, "experts") for layer in model.get_decoder().layers):
-        return model
     looped = copy.deepcopy(model)
     for layer in looped.get_decoder().layers:
         if hasattr(layer.mlp, "experts"):

@@ -20,6 +20,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from memdlm import experts
 from memdlm.block_mask import block_flex_mask, block_mask
 from memdlm.models.rotary import rotate
+from memdlm.outer_lora import fuse_outer_lora
 
 # Pre-norm decoders: h + attention(norm(h)), then h + ffn(norm(h)), no multipliers in between.
 FAMILIES = ("llama", "qwen2", "qwen3", "olmoe", "llada", "llada2_moe", "Dream")
@@ -75,8 +76,8 @@ class Backbone:
     """A decoder that runs in two parts, with bidirectional attention.
 
     Replaces `model(input_ids, attention_mask).logits[masked]` without the [B, L, V] logits and
-    without the last layer's unread rows. The model itself is not changed, but for the function
-    that runs its stacked experts.
+    without the last layer's unread rows. The model itself is not changed, but for the functions
+    that run its stacked experts and its outer LoRA.
 
     With a block size b it is block diffusion instead (BD3-LM, LLaDA2.x): the noisy tokens and the
     clean ones run side by side, and a noisy token sees its own block of b noisy tokens and the
@@ -102,6 +103,7 @@ class Backbone:
     ) -> None:
         base: Any = model
         if hasattr(base, "get_base_model"):  # a PEFT model
+            fuse_outer_lora(base)
             base = base.get_base_model()
         config = base.config
         if config.model_type not in FAMILIES:
