@@ -21,7 +21,7 @@ def fuse_outer_lora(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(getattr(module, "base_layer", None), nn.Linear) and hasattr(module, "lora_A"):
-            module.forward = partial(_forward, module)  # type: ignore[method-assign]
+            module.forward = partial(_forward, module)
 
 
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
