@@ -18,9 +18,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers.masking_utils import create_bidirectional_mask
 
 from memdlm import experts
-from memdlm.block_mask import block_flex_mask, block_mask
+from memdlm.block_mask import Blocks
 from memdlm.models.rotary import rotate
-from memdlm.outer_lora import fuse_outer_lora
+from memdlm.outer_lora import fused_outer_lora, prepare_outer_lora
 
 # Pre-norm decoders: h + attention(norm(h)), then h + ffn(norm(h)), no multipliers in between.
 FAMILIES = ("llama", "qwen2", "qwen3", "olmoe", "llada", "llada2_moe", "Dream")
@@ -38,14 +38,16 @@ class Context:
     Attributes:
         rotary: cos and sin, each [1, L, rotary_dim].
         mask: what the model's attention implementation takes, None where every token is visible.
-        visible: [B, 1, 1, L] or [B or 1, 1, L, L] bool, what a query sees, or None.
+        visible: [B, L] bool, False for padding, or None where nothing is padded.
         rows: [B, W] int64, positions of the rows that the last layer computes.
+        blocks: with block diffusion, who sees whom.
     """
 
     rotary: tuple[Tensor, Tensor]
     mask: Any
     visible: Tensor | None
     rows: Tensor
+    blocks: Blocks | None = None
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,8 @@ class Backbone:
     """A decoder that runs in two parts, with bidirectional attention.
 
     Replaces `model(input_ids, attention_mask).logits[masked]` without the [B, L, V] logits and
-    without the last layer's unread rows. The model itself is not changed, but for the functions
-    that run its stacked experts and its outer LoRA.
+    without the last layer's unread rows. Called the ordinary way, the model computes what it did,
+    its stacked experts by another function.
 
     With a block size b it is block diffusion instead (BD3-LM, LLaDA2.x): the noisy tokens and the
     clean ones run side by side, and a noisy token sees its own block of b noisy tokens and the
@@ -90,10 +92,12 @@ class Backbone:
 
     Attributes:
         right_shift_logits: whether the logits of a position are those of the next token.
+        activation_width: roughly how many values per row the widest layer of the suffix stores for
+            backward.
 
     Raises:
-        ValueError: a model of another family, one with sliding-window attention, or a head that is
-            not one linear layer.
+        ValueError: a model of another family, one with sliding-window attention, a head that is
+            not one linear layer, or blocks that the model cannot be trained in.
     """
 
     right_shift_logits: bool
@@ -103,7 +107,7 @@ class Backbone:
     ) -> None:
         base: Any = model
         if hasattr(base, "get_base_model"):  # a PEFT model
-            fuse_outer_lora(base)
+            prepare_outer_lora(base)
             base = base.get_base_model()
         config = base.config
         if config.model_type not in FAMILIES:
@@ -115,6 +119,7 @@ class Backbone:
             raise ValueError(
                 f"model must use full attention in every layer, got layer_types {layer_types}"
             )
+        check_blocks(config, block_size)
         self.config = config
         self.block_size = block_size
         self.right_shift_logits = bool(getattr(config, "right_shift_logits", False))
@@ -130,6 +135,7 @@ class Backbone:
             if _is_sparse(layer.mlp):
                 own = experts.stacked_experts(layer.mlp.experts)
                 own.config._experts_implementation = experts.IMPLEMENTATION
+        self.activation_width = self._activation_width()
 
     def head(self) -> tuple[Tensor, Tensor | None]:
         """Weight [V, D] and bias [V] or None of the output layer.
@@ -139,7 +145,8 @@ class Backbone:
         """
         head = self._head
         if hasattr(head, "modules_to_save"):  # PEFT trains a full copy of the head
-            head = head.modules_to_save[head.active_adapters[0]]
+            copies, own = head.modules_to_save, head.active_adapters[0]
+            head = head.original_module if head.disable_adapters else copies[own]
         if type(head) is not nn.Linear:
             raise ValueError(
                 "the output layer must be a plain nn.Linear so that logits can be fused into the "
@@ -159,7 +166,8 @@ class Backbone:
             A `Context` for `prefix` and `suffix`.
 
         Raises:
-            ValueError: a block size that does not divide L.
+            ValueError: a block size that does not divide L, or an attention implementation that
+                takes no mask of blocks.
         """
         batch_size, length = input_ids.shape
         weight = self.layers[0].input_layernorm.weight
@@ -172,32 +180,20 @@ class Backbone:
         rotary = self.decoder.rotary_emb(like, positions)
         implementation = self.config._attn_implementation
         if self.block_size is not None:
-            visible = block_mask(length, self.block_size, attention_mask, input_ids.device)
-            if implementation == "flex_attention":
-                flex = block_flex_mask(length, self.block_size, attention_mask, input_ids.device)
-                return Context(rotary, flex, visible, rows)
-            if implementation == "sdpa":
-                return Context(rotary, visible, visible, rows)
-            if implementation == "eager":
-                least = torch.finfo(like.dtype).min
-                bias = like.new_zeros(()).masked_fill(~visible, least)
-                return Context(rotary, bias, visible, rows)
-            raise ValueError(
-                "attn_implementation must be 'flex_attention', 'sdpa' or 'eager' for block "
-                f"diffusion, got {implementation!r}"
-            )
+            blocks = Blocks(length, self.block_size)
+            mask = blocks.mask(implementation, attention_mask, like)
+            return Context(rotary, mask, attention_mask, rows, blocks)
         if attention_mask is None:
             return Context(rotary, None, None, rows)
-        visible = attention_mask[:, None, None, :]
         if implementation == "sdpa":
-            return Context(rotary, visible, visible, rows)
+            return Context(rotary, attention_mask[:, None, None, :], attention_mask, rows)
         mask = create_bidirectional_mask(
             config=self.config,
             inputs_embeds=like,
             attention_mask=attention_mask,
             allow_is_bidirectional_skip=False,  # asking whether it is all True waits for the GPU
         )
-        return Context(rotary, mask, visible, rows)
+        return Context(rotary, mask, attention_mask, rows)
 
     def prefix(
         self, input_ids: Tensor, context: Context, clean_ids: Tensor | None = None
@@ -253,8 +249,7 @@ class Backbone:
         )  # [B, W, D]
         return self.decoder.norm(hidden.flatten(0, 1)[valid])
 
-    def activation_width(self) -> int:
-        """Roughly how many values per row the widest layer of the suffix stores for backward."""
+    def _activation_width(self) -> int:
         config = self.config
         widest = 0
         for layer in self.layers[self.boundary // 2 :]:
@@ -263,7 +258,7 @@ class Backbone:
             if _is_sparse(mlp):
                 stacked = experts.stacked_experts(mlp.experts)
                 # Each row runs through k experts: its copy, and what the FFN of each makes of it.
-                per_expert = stacked.down_proj.shape[-1] + config.hidden_size
+                per_expert = stacked.intermediate_dim + config.hidden_size
                 widths.append(config.num_experts_per_tok * per_expert)
             widest = max(widest, *widths)
         # About 8 vectors of the hidden size around the norms and the attention, 4 around SwiGLU.
@@ -303,7 +298,7 @@ class Backbone:
         memory: contextlib.AbstractContextManager[Any],
     ) -> Tensor:
         layer = self.layers[index]
-        with memory:
+        with memory, fused_outer_lora():
             if 2 * index in halves:
                 if index == len(self.layers) - 1:
                     hidden = _attend_rows(layer, hidden, context)
@@ -312,6 +307,24 @@ class Backbone:
             if 2 * index + 1 in halves:
                 hidden = hidden + _ffn(layer.mlp, *(ffn or _ffn_input(layer, hidden)))
         return hidden
+
+
+def check_blocks(config: Any, block_size: int | None) -> None:
+    """Whether a model can be trained by block diffusion.
+
+    Args:
+        config: the model's.
+        block_size: tokens of a block, or None.
+
+    Raises:
+        ValueError: the logits of a position are those of the next token: the first token of a block
+            would be predicted by the block before, which sees nothing of it.
+    """
+    if block_size is not None and getattr(config, "right_shift_logits", False):
+        raise ValueError(
+            "block_size must be None for a model with right-shifted logits "
+            f"({config.model_type}), got {block_size}"
+        )
 
 
 def _is_sparse(mlp: Any) -> bool:
@@ -354,14 +367,22 @@ def _attend_rows(layer: Any, hidden: Tensor, context: Context) -> Tensor:
     key = _heads(attention, "k", normed)  # [B, H_kv, L, head_dim]
     value = _heads(attention, "v", normed)
     cos, sin = context.rotary  # [1, L, rotary_dim]
+    query = rotate(query, cos[0][rows][:, None], sin[0][rows][:, None])
+    key = rotate(key, cos[:, None], sin[:, None])
+    mask = _visible_to_rows(context)
+    grouped = query.shape[1] != key.shape[1]
+    if grouped and mask is not None:
+        # With both, CUDA falls back to an attention that makes all scores.
+        copies = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(copies, 1), value.repeat_interleave(copies, 1)
     attended = F.scaled_dot_product_attention(
-        rotate(query, cos[0][rows][:, None], sin[0][rows][:, None]),
-        rotate(key, cos[:, None], sin[:, None]),
+        query,
+        key,
         value,
-        attn_mask=_visible_to_rows(context),
+        attn_mask=mask,
         dropout_p=attention.attention_dropout if attention.training else 0.0,
         scale=attention.scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
+        enable_gqa=grouped and mask is None,
     )
     merged = attended.transpose(1, 2).flatten(2)  # [B, W, H * head_dim]
     return _take(hidden, rows) + attention.o_proj(merged)
@@ -369,11 +390,9 @@ def _attend_rows(layer: Any, hidden: Tensor, context: Context) -> Tensor:
 
 def _visible_to_rows(context: Context) -> Tensor | None:
     """[B, 1, 1 or W, L] bool or None."""
-    visible, rows = context.visible, context.rows
-    if visible is None or visible.shape[2] == 1:
-        return visible
-    per_query = visible[:, 0].expand(len(rows), -1, -1)
-    return _take(per_query, rows)[:, None]
+    if context.blocks is not None:
+        return context.blocks.seen_by(context.rows, context.visible)
+    return None if context.visible is None else context.visible[:, None, None, :]
 
 
 def _heads(attention: Any, name: str, hidden: Tensor) -> Tensor:

@@ -4,79 +4,91 @@
 and the clean blocks before; a clean one sees the clean blocks up to its own.
 """
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
-Sees = Callable[[Tensor, Tensor], Tensor]
 
+@dataclass(frozen=True)
+class Blocks:
+    """The rule for a batch.
 
-def block_mask(
-    length: int, block_size: int, attention_mask: Tensor | None, device: torch.device
-) -> Tensor:
-    """The mask, for an attention that takes one.
-
-    Args:
+    Attributes:
         length: L.
         block_size: tokens of a block; divides L.
-        attention_mask: [B, 2L] bool, False for padding, or None.
-        device: of the mask.
-
-    Returns:
-        [B or 1, 1, 2L, 2L] bool, True where a query sees a key. Padding sees itself, so that no
-        query is left without a key.
 
     Raises:
         ValueError: a block size that does not divide L.
     """
-    place = torch.arange(2 * length, device=device)
-    sees = _rule(length, block_size)(place[:, None], place[None])[None, None]
-    if attention_mask is None:
-        return sees
-    itself = torch.eye(2 * length, dtype=torch.bool, device=device)
-    return sees & attention_mask[:, None, None, :] | itself
 
+    length: int
+    block_size: int
 
-def block_flex_mask(
-    length: int, block_size: int, attention_mask: Tensor | None, device: torch.device
-) -> Any:
-    """The same for flex attention, which skips what nobody sees.
+    def __post_init__(self) -> None:
+        if self.length % self.block_size:
+            raise ValueError(
+                "block_size must divide the length of the batch, got block_size "
+                f"{self.block_size} and {self.length} tokens: pad to a multiple of it"
+            )
 
-    Args:
-        length, block_size, attention_mask, device: as for `block_mask`.
-
-    Returns:
-        A `torch.nn.attention.flex_attention.BlockMask`.
-
-    Raises:
-        ValueError: a block size that does not divide L.
-    """
-    rule = _rule(length, block_size)
-
-    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        seen = rule(query, key)
-        if attention_mask is None:
-            return seen
-        return seen & attention_mask[batch, key] | (query == key)
-
-    batch_size = None if attention_mask is None else len(attention_mask)
-    return create_block_mask(sees, batch_size, None, 2 * length, 2 * length, device=str(device))
-
-
-def _rule(length: int, block_size: int) -> Sees:
-    if length % block_size:
-        raise ValueError(
-            f"block_size must divide the length of the batch, got block_size {block_size} and "
-            f"{length} tokens: pad to a multiple of it"
-        )
-
-    def sees(query: Tensor, key: Tensor) -> Tensor:
-        query_block, key_block = query % length // block_size, key % length // block_size
-        query_clean, key_clean = query >= length, key >= length
+    def sees(self, query: Tensor, key: Tensor) -> Tensor:
+        """Whether a query sees a key, for positions in [0, 2L) that broadcast."""
+        query_block, key_block = (at % self.length // self.block_size for at in (query, key))
+        query_clean, key_clean = query >= self.length, key >= self.length
         own = (query_block == key_block) & (query_clean == key_clean)
         return own | (key_clean & (key_block < query_block))
 
-    return sees
+    def seen_by(self, rows: Tensor, visible: Tensor | None) -> Tensor:
+        """What some queries see.
+
+        Args:
+            rows: [B or 1, W] int64, positions of the queries.
+            visible: [B, 2L] bool, False for padding, or None.
+
+        Returns:
+            [B or 1, 1, W, 2L] bool, True where a query sees a key. Padding sees itself, so that no
+            query is left without a key.
+        """
+        keys = torch.arange(2 * self.length, device=rows.device)
+        seen = self.sees(rows[..., None], keys)  # [B or 1, W, 2L]
+        if visible is not None:
+            seen = seen & visible[:, None] | (rows[..., None] == keys)
+        return seen[:, None]
+
+    def mask(self, implementation: str, visible: Tensor | None, like: Tensor) -> Any:
+        """The mask of all positions, as an attention implementation of transformers takes it.
+
+        Args:
+            implementation: "flex_attention", which skips what nobody sees, "sdpa" or "eager".
+            visible: [B, 2L] bool, False for padding, or None.
+            like: any tensor with the dtype and device of the hidden state.
+
+        Returns:
+            A `BlockMask`; [B or 1, 1, 2L, 2L] bool; or that as what is added to the scores.
+
+        Raises:
+            ValueError: another implementation.
+        """
+        size = 2 * self.length
+        if implementation == "flex_attention":
+            batch_size = None if visible is None else len(visible)
+
+            def rule(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+                seen = self.sees(query, key)
+                if visible is None:
+                    return seen
+                return seen & visible[batch, key] | (query == key)
+
+            return create_block_mask(rule, batch_size, None, size, size, device=str(like.device))
+        if implementation not in ("sdpa", "eager"):
+            raise ValueError(
+                "attn_implementation must be 'flex_attention', 'sdpa' or 'eager' for block "
+                f"diffusion, got {implementation!r}"
+            )
+        seen = self.seen_by(torch.arange(size, device=like.device)[None], visible)
+        if implementation == "sdpa":
+            return seen
+        return like.new_zeros(()).masked_fill(~seen, torch.finfo(like.dtype).min)

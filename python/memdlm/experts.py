@@ -121,9 +121,8 @@ def grouped_experts(
     inner = experts._apply_gate(gate_up)  # [N k, I]
     out = _project("down_proj", experts, inner, order, updates)  # [N k, D]
     back = _Permute.apply(out, order.inverse, order.places)
-    chosen = back.unflatten(0, top_k_index.shape).to(top_k_weights.dtype)  # [N, k, D]
-    # A product of [1, k] and [k, D] for each row: no weighted copy of `chosen`.
-    return (top_k_weights[:, None] @ chosen)[:, 0].to(hidden_states.dtype)
+    chosen = back.unflatten(0, top_k_index.shape)  # [N, k, D]
+    return _WeightedSum.apply(chosen, top_k_weights).to(hidden_states.dtype)
 
 
 def _sort(index: Tensor, expert_count: int, sets: int) -> _Order:
@@ -172,7 +171,10 @@ def _add(update: Update, rows: Tensor, out: Tensor, ends: Tensor) -> Tensor:
 
 def _grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """rows[g] @ weight[g].T for the rows of each group g: [N, in] to [N, out]."""
-    rows = rows.to(weight.dtype)  # under autocast
+    device = rows.device.type
+    if torch.is_autocast_enabled(device):  # which does not know the grouped product
+        dtype = torch.get_autocast_dtype(device)
+        rows, weight = rows.to(dtype), weight.to(dtype)
     if rows.dtype == torch.float64:  # the library has none
         parts = rows.split(ends.diff(prepend=ends.new_zeros(1)).tolist())
         return torch.cat([part @ own.T for part, own in zip(parts, weight, strict=True)])
@@ -195,6 +197,27 @@ class _FourBitLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         weight = getattr(ctx.experts, ctx.name)
         return _grouped_linear(grad.contiguous(), weight.mT, ctx.ends), None, None, None
+
+
+class _WeightedSum(torch.autograd.Function):
+    """sum_k weight[n, k] chosen[n, k], in the weights' dtype: [N, k, D] and [N, k] to [N, D].
+
+    Routers may weigh in float32 where experts compute in less; what is kept for backward is not
+    widened, nor is a weighted copy made.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, chosen: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(chosen, weight)
+        with torch.autocast(chosen.device.type, enabled=False):
+            return (weight[:, None] @ chosen.to(weight.dtype))[:, 0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        chosen, weight = ctx.saved_tensors
+        grad_chosen = (weight[..., None] * grad[:, None]).to(chosen.dtype)
+        grad_weight = (chosen.to(weight.dtype) @ grad[..., None])[..., 0]
+        return grad_chosen, grad_weight
 
 
 class _Permute(torch.autograd.Function):
@@ -237,5 +260,6 @@ def stacked_experts(module: nn.Module) -> Any:
     base: Any = module
     while hasattr(base, "base_layer"):
         base = base.base_layer
-    wanted = ("num_experts", *PROJECTIONS)
-    return base if all(hasattr(base, name) for name in wanted) else None
+    # Not hasattr: asking a 4-bit parameter for its value dequantises all of it.
+    names = {*base._parameters, *getattr(base, "parametrizations", ())}
+    return base if hasattr(base, "num_experts") and names >= set(PROJECTIONS) else None

@@ -38,10 +38,10 @@ def _stacks(module: Any, config: MemoryConfig) -> list[_Stack]:
     """(A, B) or (delta,) of a linear layer; those of both projections of a layer of experts."""
     if isinstance(module, nn.Linear):
         return _adapter((), 1, module.out_features, module.in_features, config)
-    experts, twice, hidden = module.gate_up_proj.shape
+    experts, hidden, inner = module.num_experts, module.hidden_dim, module.intermediate_dim
     # Gate and up are two projections, stacked, that one shrink can serve.
-    gate_up = _adapter((experts,), 2, twice, hidden, config)
-    return gate_up + _adapter((experts,), 1, hidden, twice // 2, config)
+    gate_up = _adapter((experts,), 2, 2 * inner, hidden, config)
+    return gate_up + _adapter((experts,), 1, hidden, inner, config)
 
 
 def _adapter(
@@ -195,6 +195,26 @@ class FastWeights:
     def _grouped(self, tensors: list[Tensor]) -> list[tuple[Tensor, ...]]:
         rest = iter(tensors)
         return [tuple(next(rest) for _ in range(count)) for count in self._counts]
+
+    def guard(self, embedding: nn.Module) -> None:
+        """Refuse a batch of another size than the sets of fast weights that it would read.
+
+        Layers of experts see rows without their sequences, and could not tell.
+
+        Args:
+            embedding: the model's, called with token ids [B, L].
+        """
+
+        def check(module: nn.Module, inputs: tuple[Tensor]) -> None:
+            sets = len(self.param)
+            if self._read is None or self.config.scope == "batch" or len(inputs[0]) == sets:
+                return
+            raise ValueError(
+                f"input_ids must have {sets} sequences, one for each that the memory was written "
+                f"from, got {len(inputs[0])}"
+            )
+
+        self._handles.append(embedding.register_forward_pre_hook(check))
 
     def detach(self) -> None:
         """Remove the hooks: the layers are as they were before."""

@@ -141,7 +141,7 @@ def _recompute(choice: str, backbone: Backbone, boundaries: list[Boundary]) -> b
         return choice == "layer"
     hidden = max((boundary.activations.hidden for boundary in boundaries), key=Tensor.numel)
     layers = (backbone.half_count - backbone.boundary + 1) // 2
-    values = hidden.shape[:2].numel() * layers * backbone.activation_width()
+    values = hidden.shape[:2].numel() * layers * backbone.activation_width
     return values * hidden.element_size() > _STORED_SHARE * _free_bytes(hidden.device)
 
 

@@ -116,6 +116,7 @@ class MemDLMObjective(MDLMObjective):
         targets, boundary = find_targets(model, memory.target, memory.layer_fraction)
         self.backbone = Backbone(model, boundary, diffusion.block_size)
         self.fast_weights = FastWeights(targets, memory)
+        self.fast_weights.guard(self.backbone.decoder.embed_tokens)
 
     def forward(
         self,

@@ -54,6 +54,7 @@ class PromptMemory:
             uniform,
             own,
             seed=seed,
+            pad_to_multiple_of=diffusion.block_size or 1,
             anchor_ratio=ANCHOR_RATIO,
             right_shift_logits=self._objective.backbone.right_shift_logits,
         )

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from memdlm.backbone import Backbone
-from memdlm.block_mask import block_flex_mask, block_mask
+from memdlm.block_mask import Blocks
 from memdlm.config import DiffusionConfig, MemoryConfig
 from memdlm.data.collator import MaskCollator
 from memdlm.objective import MDLMObjective, MemDLMObjective
+from memdlm.prompt_memory import PromptMemory
 from tests.tiny import MASK, PAD, VOCABULARY, make_features, make_model
 
 LENGTH, BLOCK = 12, 4
@@ -27,32 +28,46 @@ def sees(query, key):
     return key >= LENGTH and key_block <= query_block
 
 
+def dense_mask(visible=None):
+    return Blocks(LENGTH, BLOCK).mask("sdpa", visible, torch.empty(0))
+
+
 def test_the_mask_is_the_rule():
     expected = torch.tensor([[sees(q, k) for k in range(2 * LENGTH)] for q in range(2 * LENGTH)])
-    mask = block_mask(LENGTH, BLOCK, None, torch.device("cpu"))
-    assert torch.equal(mask, expected[None, None])
+    assert torch.equal(dense_mask(), expected[None, None])
+    bias = Blocks(LENGTH, BLOCK).mask("eager", None, torch.empty(0))
+    assert torch.equal(bias == 0, expected[None, None])
+    assert bias.min() == torch.finfo(torch.float32).min
 
 
 def test_padding_is_seen_by_itself_alone():
     visible = torch.ones(2, 2 * LENGTH, dtype=torch.bool)
     visible[1, [LENGTH - 1, 2 * LENGTH - 1]] = False
-    mask = block_mask(LENGTH, BLOCK, visible, torch.device("cpu"))
-    assert torch.equal(mask[0], block_mask(LENGTH, BLOCK, None, torch.device("cpu"))[0])
+    mask = dense_mask(visible)
+    assert torch.equal(mask[0], dense_mask()[0])
     for pad in (LENGTH - 1, 2 * LENGTH - 1):
         assert mask[1, 0, :, pad].nonzero().flatten().tolist() == [pad]
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_flex_attention_gets_the_same_mask(padded):
-    visible = None
-    if padded:
-        visible = torch.rand(2, 2 * LENGTH, generator=torch.Generator().manual_seed(0)) < 0.8
-    dense = block_mask(LENGTH, BLOCK, visible, torch.device("cpu"))
-    flex = block_flex_mask(LENGTH, BLOCK, visible, torch.device("cpu"))
-    place = torch.arange(2 * LENGTH)
-    for b in range(len(dense)):
-        own = flex.mask_mod(torch.tensor(b), torch.tensor(0), place[:, None], place[None])
-        assert torch.equal(own, dense[b, 0])
+@torch.no_grad()
+def test_flex_attention_gives_what_a_mask_gives(padded):
+    # Two of flex attention's own blocks, so that it has something to skip.
+    length, block = 128, 32
+    generator = torch.Generator().manual_seed(0)
+    noisy, clean = torch.randint(0, PAD, (2, 2, length), generator=generator)
+    visible = torch.ones(2, length, dtype=torch.bool)
+    visible[1, -5:] = False
+    rows = torch.tensor([[0, 5, 100], [3, 2, 90]])
+    hidden = {}
+    for attention in ("sdpa", "flex_attention"):
+        model = make_model(layers=2, dtype=torch.float32, attn_implementation=attention).eval()
+        backbone = Backbone(model, 1, block)
+        context = backbone.context(noisy, visible if padded else None, rows)
+        start = backbone.prefix(noisy, context, clean)
+        memory = contextlib.nullcontext()
+        hidden[attention] = backbone.suffix(start, torch.arange(6), context, memory)
+    torch.testing.assert_close(hidden["flex_attention"], hidden["sdpa"], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("boundary", [0, 3, 4, 7, 8])
@@ -128,6 +143,28 @@ def test_a_block_size_that_does_not_divide_is_refused():
     diffusion = DiffusionConfig(block_size=5)
     with pytest.raises(ValueError, match=r"block_size must divide .* got block_size 5 and 12"):
         MDLMObjective(make_model(), diffusion)(batch_of(diffusion, None))
+
+
+def test_right_shifted_logits_are_refused():
+    model = make_model()
+    model.config.right_shift_logits = True
+    with pytest.raises(ValueError, match=r"block_size must be None .* got 4"):
+        MDLMObjective(model, DiffusionConfig(block_size=4))
+
+
+@torch.no_grad()
+def test_prompts_of_any_length_are_written():
+    model = make_model().eval()
+    memory = PromptMemory(
+        model,
+        DiffusionConfig(block_size=BLOCK),
+        MemoryConfig(rank=2),
+        mask_token_id=MASK,
+        pad_token_id=PAD,
+        vocab_size=VOCABULARY,
+    )
+    with memory.write([[1, 2, 3, 4, 5, 6], [7, 8, 9]]):
+        assert memory._objective.fast_weights.param.any(dim=1).all()
 
 
 def test_an_attention_without_such_a_mask_is_refused():

@@ -152,6 +152,37 @@ def test_transformers_loop_over_experts_gives_the_same():
     torch.testing.assert_close(ours, experts(rows, index, weight))
 
 
+@pytest.mark.parametrize("sets", [None, SETS])
+def test_under_autocast_experts_compute_in_its_dtype(sets):
+    experts = make_experts(torch.float32)
+    rows, weight, index = make_inputs(torch.float32)
+    updates = tuple(make_updates("lora", sets, torch.float32))
+    exact = experts(rows, index, weight, updates=updates)
+    seen = []
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t.dtype) or t, lambda t: t),
+    ):
+        narrow = experts(rows, index, weight, updates=updates)
+    assert torch.bfloat16 in seen
+    assert 0 < (narrow - exact).abs().max() < 0.05 * exact.abs().max()
+    narrow.sum().backward()
+    assert rows.grad.isfinite().all()
+
+
+def test_router_weights_wider_than_the_rows_are_kept_and_the_rows_are_not_widened():
+    experts = make_experts(torch.bfloat16)
+    rows, weight, index = make_inputs(torch.bfloat16)
+    wide = weight.detach().float().requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        out = experts(rows, index, wide)
+    assert out.dtype == torch.bfloat16
+    assert not any(t.dtype == torch.float32 and t.dim() == 3 for t in saved)
+    (grad,) = torch.autograd.grad(out.float().sum(), wide)
+    assert grad.dtype == torch.float32
+
+
 def peft_experts(targets, rank=3):
     torch.manual_seed(0)
     inner = nn.ModuleDict({"experts": make_experts(torch.float32)})

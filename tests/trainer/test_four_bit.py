@@ -33,7 +33,7 @@ _SHAPE = {
 }
 
 
-def make_config(family, vocabulary=VOCABULARY):
+def make_config(family, vocabulary=VOCABULARY, shared=64):
     if family == "llama":
         return LlamaConfig(**_SHAPE, vocab_size=vocabulary, intermediate_size=128)
     return LLaDAMoEConfig(
@@ -41,7 +41,7 @@ def make_config(family, vocabulary=VOCABULARY):
         vocab_size=vocabulary,
         dense_intermediate_size=128,
         expert_intermediate_size=64,
-        shared_expert_intermediate_size=64,
+        shared_expert_intermediate_size=shared,
         num_experts=4,
         num_experts_per_tok=2,
         moe_layer_freq=[0, 1, 1],
@@ -51,9 +51,10 @@ def make_config(family, vocabulary=VOCABULARY):
     )
 
 
-def save_model(folder, family, vocabulary=VOCABULARY):
+def save_model(folder, family, vocabulary=VOCABULARY, shared=64):
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(make_config(family, vocabulary)).save_pretrained(folder)
+    config = make_config(family, vocabulary, shared)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
 def load_pair(folder, dtype):
@@ -152,6 +153,20 @@ def test_an_evaluation_before_training_leaves_the_gradients(tmp_path):
         assert torch.equal(again[name], expected), name
 
 
+@pytest.mark.parametrize("family", ["llama", "llada_moe"])
+def test_recomputed_layers_give_the_same_and_keep_no_dense_experts(tmp_path, family):
+    save_model(tmp_path, family, shared=None)
+    model, _ = load_pair(tmp_path, torch.float32)
+    stored = step_of(model, "batch")
+    model.zero_grad()
+    model.gradient_checkpointing_enable()
+    recomputed = step_of(model, "batch")
+    for name, expected in stored.items():
+        torch.testing.assert_close(recomputed[name], expected)
+    assert not nn.utils.parametrize._cache
+    assert nn.utils.parametrize._cache_enabled == 0
+
+
 def test_experts_are_kept_in_4_bits_and_their_activations_hold_no_dense_copy(tmp_path):
     save_model(tmp_path, "llada_moe")
     model, _ = load_pair(tmp_path, torch.bfloat16)
@@ -214,7 +229,7 @@ def test_a_run_trains_and_saves_an_adapter(tmp_path, family):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"lora": False}, "load_in_4bit needs lora"),
+        ({"lora": False}, "lora must be true with load_in_4bit: .*, got false"),
         (
             {"lora": True, "lora_target_parameters": ["experts.down_proj"]},
             "lora_target_parameters must be left out",

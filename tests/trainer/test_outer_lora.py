@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from torch import nn
 
 from memdlm import outer_lora
-from memdlm.outer_lora import fuse_outer_lora
+from memdlm.outer_lora import fused_outer_lora, prepare_outer_lora
 
 
 def make_model(dtype=torch.float64, **options):
@@ -26,13 +26,14 @@ def pair(**options):
     """(ours, PEFT's own), the layer of each."""
     theirs = make_model(**options)
     ours = copy.deepcopy(theirs)
-    fuse_outer_lora(ours)
+    prepare_outer_lora(ours)
     return [model.base_model.model["layer"] for model in (ours, theirs)]
 
 
 def run(layer, x):
     torch.manual_seed(1)  # of the dropout
-    out = layer(x)
+    with fused_outer_lora():
+        out = layer(x)
     leaves = [x, *(p for p in layer.parameters() if p.requires_grad)]
     return [out, *torch.autograd.grad(out.square().sum(), leaves)]
 
@@ -79,7 +80,7 @@ def test_two_active_adapters_add_up(calls):
     model.base_model.set_adapter(["default", "second"])
     model.double()
     ours = copy.deepcopy(model)
-    fuse_outer_lora(ours)
+    prepare_outer_lora(ours)
     x = torch.randn(5, 12, dtype=torch.float64, requires_grad=True)
     layers = [m.base_model.model["layer"] for m in (ours, model)]
     for actual, expected in zip(*(run(layer, x) for layer in layers), strict=True):
@@ -96,6 +97,7 @@ def test_what_the_op_does_not_compute_goes_pefts_way(calls, options):
     assert not calls
 
 
+@fused_outer_lora()
 def test_merged_and_disabled_adapters_are_not_added(calls):
     x = torch.randn(5, 12, dtype=torch.float64)
     ours, theirs = pair()
@@ -108,14 +110,31 @@ def test_merged_and_disabled_adapters_are_not_added(calls):
     assert not calls
 
 
-def test_fusing_twice_changes_nothing_and_the_checkpoint_is_pefts(calls):
+def test_outside_of_its_context_a_prepared_layer_goes_pefts_way(calls):
+    x = torch.randn(5, 12, dtype=torch.float64)
+    ours, theirs = pair()
+    assert torch.equal(ours(x), theirs(x))
+    assert not calls
+
+
+def test_preparing_twice_changes_nothing_and_the_checkpoint_is_pefts(calls):
     model = make_model()
     names = list(model.state_dict())
-    fuse_outer_lora(model)
-    fuse_outer_lora(model)
+    prepare_outer_lora(model)
+    prepare_outer_lora(model)
     x = torch.randn(5, 12, dtype=torch.float64)
-    torch.testing.assert_close(
-        model.base_model.model["layer"](x), make_model().base_model.model["layer"](x)
-    )
+    with fused_outer_lora():
+        out = model.base_model.model["layer"](x)
+    torch.testing.assert_close(out, make_model().base_model.model["layer"](x))
     assert len(calls) == 1
     assert list(model.state_dict()) == names
+
+
+def test_other_adapters_are_left_alone(calls):
+    base = nn.ModuleDict({"layer": nn.Linear(12, 20)})
+    config = AdaLoraConfig(target_modules=["layer"], total_step=10)
+    model = get_peft_model(base, config)
+    prepare_outer_lora(model)
+    with fused_outer_lora():
+        assert model.base_model.model["layer"](torch.randn(5, 12)).isfinite().all()
+    assert not calls

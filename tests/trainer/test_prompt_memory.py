@@ -60,6 +60,18 @@ def test_every_backbone_reads_the_memory_of_its_row(family):
             torch.testing.assert_close(together[row : row + 1], logits(model, prompt))
 
 
+@pytest.mark.parametrize("family", ["llada_moe", "dream"])
+@torch.no_grad()
+def test_a_batch_of_another_size_than_the_prompts_is_refused(family):
+    model = make_family_model(family).eval()
+    memory = make_memory(model)
+    with memory.write([prompt[:4] for prompt in PROMPTS]):
+        for size in (1, 6):
+            with pytest.raises(ValueError, match=f"must have 3 sequences, .* got {size}"):
+                model(torch.ones(size, 6, dtype=torch.int64))
+    model(torch.ones(6, 6, dtype=torch.int64))
+
+
 def test_ragged_prompts_do_not_touch_each_other(model):
     memory = make_memory(model)
     weights = memory._objective.fast_weights
