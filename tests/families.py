@@ -11,67 +11,56 @@ from memdlm.models.rotary import RotaryEmbedding
 from tests.plain import Plain
 from tests.tiny import MASK, PAD, VOCABULARY, norms_in_float64
 
-LAYERS = 4
-_COMMON = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "mask_token_id": MASK}
-_SHAPE = _COMMON | {
+_SHAPE = {
+    "vocab_size": VOCABULARY,
+    "pad_token_id": PAD,
+    "eos_token_id": PAD,
+    "mask_token_id": MASK,
     "hidden_size": 32,
-    "num_hidden_layers": LAYERS,
+    "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
 _EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2}
+# Every published part is there: biases, dense and sparse layers, groups.
+_CONFIGS = {
+    "llada": (
+        LLaDAConfig,
+        {"mlp_hidden_size": 48, "embedding_size": VOCABULARY, "include_qkv_bias": True},
+    ),
+    "llada_moe": (
+        LLaDAMoEConfig,
+        {"dense_intermediate_size": 48, "expert_intermediate_size": 16}
+        | {"shared_expert_intermediate_size": 24, "moe_layer_freq": [1, 0, 1, 1]}
+        | _EXPERTS,
+    ),
+    "llada2": (
+        LLaDA2MoeConfig,
+        {"intermediate_size": 48, "moe_intermediate_size": 16, "head_dim": 16}
+        | {"n_group": 4, "topk_group": 2}
+        | _EXPERTS
+        | {"num_experts": 8},
+    ),
+    "dream": (DreamConfig, {"intermediate_size": 48}),
+    "olmoe": (
+        OlmoeConfig,
+        {"intermediate_size": 16, "norm_topk_prob": True, "architectures": ["OlmoeForCausalLM"]}
+        | _EXPERTS,
+    ),
+}
+FAMILIES = tuple(_CONFIGS)
 
 
-def make_config(family):
-    """A config whose every published part is there: biases, dense and sparse layers, groups."""
-    if family == "llada":
-        return LLaDAConfig(
-            **_COMMON,
-            d_model=32,
-            n_layers=LAYERS,
-            n_heads=4,
-            n_kv_heads=2,
-            mlp_hidden_size=48,
-            embedding_size=VOCABULARY,
-            include_qkv_bias=True,
-            max_sequence_length=64,
-        )
-    if family == "llada_moe":
-        return LLaDAMoEConfig(
-            **_SHAPE | _EXPERTS,
-            dense_intermediate_size=48,
-            expert_intermediate_size=16,
-            shared_expert_intermediate_size=24,
-            moe_layer_freq=[1, 0, 1, 1],
-        )
-    if family == "llada2":
-        return LLaDA2MoeConfig(
-            **_SHAPE | _EXPERTS | {"num_experts": 8},
-            intermediate_size=48,
-            moe_intermediate_size=16,
-            head_dim=16,
-            n_group=4,
-            topk_group=2,
-        )
-    if family == "dream":
-        return DreamConfig(**_SHAPE, intermediate_size=48)
-    assert family == "olmoe", family
-    return OlmoeConfig(
-        **_SHAPE | _EXPERTS,
-        intermediate_size=16,
-        norm_topk_prob=True,
-        eos_token_id=None,
-        architectures=["OlmoeForCausalLM"],
-    )
+def make_config(family, **options):
+    """A small config, with some keys changed."""
+    config_class, own = _CONFIGS[family]
+    return config_class(**_SHAPE | own | options)
 
 
-FAMILIES = ("llada", "llada_moe", "llada2", "dream", "olmoe")
-
-
-def make_family_model(family, dtype=torch.float64):
+def make_family_model(family, dtype=torch.float64, **options):
     """A model as the Auto class makes it, its weights (norms too) far from their start."""
-    model = AutoModelForCausalLM.from_config(make_config(family)).to(dtype)
+    model = AutoModelForCausalLM.from_config(make_config(family, **options)).to(dtype)
     if dtype == torch.float64:
         norms_in_float64(model)
         if family == "olmoe":  # Hugging Face's angles are in float32
