@@ -13,7 +13,8 @@ from memdlm.data.collator import MaskCollator
 
 METHOD_FILE = "memdlm.json"
 
-# What decides the shapes of a model's weights.
+# What decides the shapes of a model's weights, and how many experts a token gets. The names are
+# Hugging Face's where it has one; a config may be saved under others.
 _SHAPES: tuple[str, ...] = (
     "model_type",
     "vocab_size",
@@ -24,12 +25,22 @@ _SHAPES: tuple[str, ...] = (
     "num_key_value_heads",
     "head_dim",
     "tie_word_embeddings",
+    "embedding_size",
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "num_shared_experts",
+    "shared_expert_intermediate_size",
+    "first_k_dense_replace",
+    "moe_layer_freq",
 )
+# Names without an order: a set in one place, a list in another.
+_LORA_TARGETS: tuple[str, ...] = ("target_modules", "target_parameters")
 _LORA: tuple[str, ...] = (
     "r",
     "lora_alpha",
     "lora_dropout",
-    "target_modules",
+    *_LORA_TARGETS,
     "base_model_name_or_path",
 )
 
@@ -95,26 +106,36 @@ def check_resumable(
         if not (path / name).is_file():
             raise ValueError(f"resume_from_checkpoint {folder} has no {name}: not of this run")
     saved = json.loads((path / kind).read_text(encoding="utf-8"))
-    names = _SHAPES if lora is None else _LORA
-    ours = (model_config if lora is None else lora).to_dict()
-    _check_same(folder, "model", {name: ours.get(name) for name in names}, saved)
+    if lora is None:
+        _check_same(folder, "model", _shapes(model_config), saved)
+    else:
+        ours = lora.to_dict()
+        own = {name: _sorted_targets(name, ours.get(name)) for name in _LORA}
+        theirs = {name: _sorted_targets(name, saved.get(name)) for name in _LORA}
+        _check_same(folder, "model", own, theirs)
     method = json.loads((path / METHOD_FILE).read_text(encoding="utf-8"))
     _check_same(folder, "run", _flat(method_of(collator)), _flat(method))
+
+
+def _shapes(config: Any) -> dict[str, Any]:
+    """A config's `_SHAPES` under the names that it is saved with; None where it has none."""
+    values = config.to_dict()
+    saved_as = [config.attribute_map.get(name, name) for name in _SHAPES]
+    return {name: values.get(name) for name in saved_as}
+
+
+def _sorted_targets(name: str, value: Any) -> Any:
+    return sorted(value or ()) if name in _LORA_TARGETS and not isinstance(value, str) else value
 
 
 def _check_same(folder: str, what: str, ours: dict[str, Any], saved: dict[str, Any]) -> None:
     for name, value in ours.items():
         other = saved.get(name)
-        if _comparable(value) != _comparable(other):
+        if value != other:
             raise ValueError(
                 f"resume_from_checkpoint {folder} is another {what}'s: its {name} is {other!r}, "
                 f"here it is {value!r}"
             )
-
-
-def _comparable(value: Any) -> Any:
-    """Target modules are a set in one place, a list in another."""
-    return sorted(value) if isinstance(value, list | set | tuple) else value
 
 
 def _flat(method: dict[str, Any]) -> dict[str, Any]:
