@@ -599,6 +599,16 @@ def test_a_checkpoint_that_does_not_fit_says_where(checkpoint):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
+def test_a_folder_given_by_keyword_is_checked_alike(checkpoint):
+    rewrite, tensors = checkpoint
+    folder = rewrite(tensors)
+    LLaDA2MoeModelLM.from_pretrained(pretrained_model_name_or_path=folder)
+    for lost in ("attention.dense", ".experts.6.gate"):
+        rewrite(without(tensors, lost))
+        with pytest.raises(ValueError, match=f"the checkpoint {folder} does not fit its config"):
+            LLaDA2MoeModelLM.from_pretrained(pretrained_model_name_or_path=folder)
+
+
 def test_a_caller_may_still_ask_for_the_report_and_for_another_vocabulary(checkpoint):
     rewrite, tensors = checkpoint
     folder = rewrite(tensors | {"lm_head.weight": torch.zeros(7, 32)})

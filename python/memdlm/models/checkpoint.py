@@ -54,12 +54,13 @@ class SplitQueryKeyValue(ConversionOps):
         return Concatenate(dim=0)
 
 
-def load_complete(load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def load_complete(load: Callable[..., Any], checkpoint: Any, *args: Any, **kwargs: Any) -> Any:
     """Load a model, and refuse a checkpoint that Hugging Face would only warn about.
 
     Args:
         load: `from_pretrained` of Hugging Face.
-        args, kwargs: its arguments.
+        checkpoint: its first argument, `pretrained_model_name_or_path`.
+        args, kwargs: its other arguments.
 
     Returns:
         What it returns.
@@ -70,13 +71,15 @@ def load_complete(load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     wants_info = kwargs.pop("output_loading_info", False)
     any_shape = kwargs.pop("ignore_mismatched_sizes", False)
     try:
-        model, info = load(*args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+        model, info = load(
+            checkpoint, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
     except RuntimeError as error:
         if "conversion" not in str(error):
             raise
         raise ValueError(
-            f"the checkpoint {args[0]} does not fit its config: the tensors of a layer cannot be "
-            "put together, see the report above; is an expert incomplete?"
+            f"the checkpoint {checkpoint} does not fit its config: the tensors of a layer cannot "
+            "be put together, see the report above; is an expert incomplete?"
         ) from error
     problems = [
         *_first("missing", sorted(info["missing_keys"])),
@@ -92,7 +95,7 @@ def load_complete(load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     ]
     if problems:
         raise ValueError(
-            f"the checkpoint {args[0]} does not fit its config: tensors {'; '.join(problems)}"
+            f"the checkpoint {checkpoint} does not fit its config: tensors {'; '.join(problems)}"
         )
     return (model, info) if wants_info else model
 

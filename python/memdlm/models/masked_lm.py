@@ -95,13 +95,14 @@ class MaskedLM(PreTrainedModel):
         return False
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As in Hugging Face, but a checkpoint that does not fit is an error, not a warning.
 
         Raises:
             ValueError: tensors are missing, unknown or of another shape; lists the first few.
         """
-        return load_complete(super().from_pretrained, *args, **kwargs)
+        load = super().from_pretrained
+        return load_complete(load, pretrained_model_name_or_path, *args, **kwargs)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
