@@ -267,7 +267,9 @@ def _check_four_bit(options: RunOptions) -> None:
     if not options.load_in_4bit:
         return
     if not options.lora:
-        raise ValueError("load_in_4bit needs lora: 4-bit weights cannot be trained")
+        raise ValueError(
+            "lora must be true with load_in_4bit: 4-bit weights cannot be trained, got false"
+        )
     if options.lora_target_parameters:
         raise ValueError(
             "lora_target_parameters must be left out with load_in_4bit: PEFT adapts no 4-bit "

@@ -187,7 +187,7 @@ BAD = [
         {"block_size": 4, "padding": "multiple", "pad_to_multiple_of": 6},
         "block_size must divide .* got block_size 4 and padding 'multiple' to 6",
     ),
-    ({"load_in_4bit": "true"}, "load_in_4bit needs lora"),
+    ({"load_in_4bit": "true"}, "lora must be true with load_in_4bit: .*, got false"),
     ({"label_smoothing_factor": 0.1}, "label_smoothing_factor cannot be set"),
     ({"remove_unused_columns": "true"}, "remove_unused_columns cannot be set"),
     ({"mask_token": "<hidden>"}, "mask_token '<hidden>' is not a token of"),

@@ -205,7 +205,8 @@ class Decoder(nn.Module):
             ValueError: both or none of the inputs, a mask that the attention cannot take.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds, not both and not none")
+            got = "neither" if input_ids is None else "both"
+            raise ValueError(f"one of input_ids and inputs_embeds must be given, got {got}")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
             position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None]

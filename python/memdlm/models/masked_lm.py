@@ -82,7 +82,11 @@ class MaskedLM(PreTrainedModel):
         """
         for name, value in kwargs.items():
             if value is not None and value is not False:
-                raise ValueError(f"{name} is not supported by {type(self).__name__}: leave it out")
+                shape = getattr(value, "shape", None)
+                got = repr(value) if shape is None else f"shape {tuple(shape)}"
+                raise ValueError(
+                    f"{name} must be left out: {type(self).__name__} does not read it, got {got}"
+                )
         hidden = self.model(input_ids, attention_mask, inputs_embeds, position_ids, is_causal)
         return MaskedLMOutput(logits=self.lm_head(hidden))
 
