@@ -43,10 +43,10 @@ class RunOptions:
         lora_rank: rank of that LoRA.
         lora_scaling: its scale, PEFT's lora_alpha / r. (`lora_alpha` is the memory's.)
         lora_dropout: its dropout, in [0, 1); 0 where stacked experts get a LoRA.
-        lora_targets: names of the linear layers that get it; attention and FFN if not given, never
-            the head.
+        lora_targets: names of the linear layers that get it, never the head; attention and FFN if
+            not given, none if empty.
         lora_target_parameters: names of the stacked parameters that get it; those of the experts if
-            neither this nor `lora_targets` is given. Not with `load_in_4bit`.
+            not given, none if empty. With `load_in_4bit` always none.
         memory_gap_steps: every so many steps, log the loss of one batch with and without memory;
             0 is never.
         resume_from_checkpoint: a checkpoint folder, or true for the last one in `output_dir`.

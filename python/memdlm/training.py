@@ -215,23 +215,26 @@ def _load_model(options: RunOptions, config: Any, lora: LoraConfig | None) -> nn
 def _lora_config(options: RunOptions, config: Any) -> LoraConfig | None:
     if not options.lora:
         return None
-    chosen = options.lora_targets is not None or options.lora_target_parameters is not None
-    sparse = getattr(config, "num_experts", None) is not None
-    stacked = options.lora_target_parameters
-    if sparse and not chosen and not options.load_in_4bit:
+    modules, stacked = options.lora_targets, options.lora_target_parameters
+    if modules is None:
+        modules = [*ATTENTION_PROJECTIONS, *FFN_PROJECTIONS]
+    if stacked is None and not options.load_in_4bit and getattr(config, "num_experts", None):
         stacked = [f"experts.{name}" for name in STACKED]
+    if not modules and not stacked:
+        raise ValueError(
+            "lora_targets must name a layer where no stacked parameter gets the LoRA, got []"
+        )
     if stacked and options.lora_dropout:
         raise ValueError(
             "lora_dropout must be 0 where stacked experts get a LoRA, got "
-            f"{options.lora_dropout}: lora_targets without lora_target_parameters leaves them out"
+            f"{options.lora_dropout}: an empty lora_target_parameters leaves them out"
         )
-    modules = [] if chosen else [*ATTENTION_PROJECTIONS, *FFN_PROJECTIONS]
     return LoraConfig(
         r=options.lora_rank,
         lora_alpha=options.lora_scaling * options.lora_rank,  # type: ignore[arg-type]
         lora_dropout=options.lora_dropout,
-        target_modules=options.lora_targets or modules,
-        target_parameters=stacked,
+        target_modules=modules,
+        target_parameters=stacked or None,
         base_model_name_or_path=options.model,
         task_type="CAUSAL_LM",
     )

@@ -11,14 +11,16 @@ import time
 
 import datasets
 import pytest
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, TrainingArguments
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 
 from memdlm.cli import main, train_help
 from memdlm.config import DiffusionConfig, MemoryConfig
 from memdlm.key_values import read_yaml
 from memdlm.models import LLaDA2MoeConfig
 from memdlm.options import REJECTED_ARGUMENTS, RunOptions, key_hints, make_run
+from memdlm.training import _lora_config
 from tests.trainer.trainer_case import VOCABULARY, WORDS, tiny_model, tiny_tokenizer
 
 PAIRS = [
@@ -231,8 +233,8 @@ def test_a_model_of_no_known_family_is_an_error(folder, tmp_path, capsys, config
     assert re.search(message, capsys.readouterr().err.strip().splitlines()[-1])
 
 
-def test_a_sparse_model_trains_in_blocks_with_an_outer_lora_on_its_experts(folder, tmp_path):
-    config = LLaDA2MoeConfig(
+def sparse_config():
+    return LLaDA2MoeConfig(
         vocab_size=VOCABULARY,
         hidden_size=16,
         intermediate_size=24,
@@ -249,6 +251,12 @@ def test_a_sparse_model_trains_in_blocks_with_an_outer_lora_on_its_experts(folde
         pad_token_id=0,
         mask_token_id=1,
     )
+
+
+def test_a_sparse_model_trains_in_blocks_with_an_outer_lora_on_its_experts(
+    folder, tmp_path, capsys
+):
+    config = sparse_config()
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     keys = {"model": tmp_path / "model", "lora": "true", "lora_rank": 2, "block_size": 4}
@@ -265,6 +273,47 @@ def test_a_sparse_model_trains_in_blocks_with_an_outer_lora_on_its_experts(folde
     assert all(parameter.any() for parameter in trained)
     bad = keys | {"lora_dropout": 0.1}
     assert main(arguments(folder, tmp_path / "other", **bad)) == 2
+    assert "lora_dropout must be 0 where stacked experts get a LoRA" in capsys.readouterr().err
+
+
+ALL_LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+ALL_STACKED = {"experts.gate_up_proj", "experts.down_proj"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "modules", "parameters"),
+    [
+        ({}, ALL_LINEAR, ALL_STACKED),
+        ({"load_in_4bit": True}, ALL_LINEAR, set()),
+        ({"lora_targets": ["q_proj"]}, {"q_proj"}, ALL_STACKED),
+        ({"lora_targets": []}, set(), ALL_STACKED),
+        ({"lora_target_parameters": ["experts.down_proj"]}, ALL_LINEAR, {"experts.down_proj"}),
+        ({"lora_target_parameters": [], "lora_dropout": 0.1}, ALL_LINEAR, set()),
+        ({"lora_target_parameters": [], "load_in_4bit": True}, ALL_LINEAR, set()),
+        ({"lora_targets": ["q_proj"], "lora_target_parameters": []}, {"q_proj"}, set()),
+    ],
+)
+def test_the_targets_of_the_outer_lora_are_chosen_apart(keys, modules, parameters):
+    given = {"model": "m", "dataset": "d", "output_dir": "o", "lora": True, "use_cpu": True}
+    config = AutoConfig.for_model(**sparse_config().to_dict())
+    lora = _lora_config(make_run(given | keys).options, config)
+    assert set(lora.target_modules) == modules
+    assert set(lora.target_parameters or ()) == parameters
+    with torch.device("meta"):
+        adapted = get_peft_model(AutoModelForCausalLM.from_config(config), lora)
+    names = [name for name, _ in adapted.named_parameters() if "lora_A" in name]
+    assert any("experts.lora_A" in name or "experts.base" in name for name in names) == bool(
+        parameters
+    )
+    assert any("self_attn" in name for name in names) == bool(modules)
+
+
+@pytest.mark.parametrize("config", [sparse_config(), tiny_model().config])
+def test_an_outer_lora_on_nothing_is_an_error(config):
+    given = {"model": "m", "dataset": "d", "output_dir": "o", "lora": True, "use_cpu": True}
+    given |= {"lora_targets": [], "lora_target_parameters": []}
+    with pytest.raises(ValueError, match=r"lora_targets must name a layer .*, got \[\]"):
+        _lora_config(make_run(given).options, config)
 
 
 def test_a_word_without_a_key_is_an_error(capsys):
