@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memdlm_kernels._backends import CPU, REFERENCE, choose
-from memdlm_kernels.grouped_lora_linear import cpu, reference
+from memdlm_kernels._backends import CPU, REFERENCE, Backend, choose
+from memdlm_kernels.grouped_lora_linear import cpu, grouped_mm, reference
 
 Shape = Sequence[int]
 
@@ -26,11 +26,12 @@ def grouped_lora_linear(
     """Add the experts' low-rank updates of fast weights to the output of their frozen layer.
 
     Replaces, for each group of rows x[begin:end] of one expert e,
-    `base[begin:end] + scale * (x[begin:end] @ A[e].mT) @ B[e].mT`. Neither the update [N, out] nor
-    its scaled copy is allocated, in forward or backward. P projections of the same input (a gate
-    and an up projection) may be stacked: then the shrink `x @ A.mT` is one product for them all,
-    and block p of the columns of out is the product of its own R columns with the rows of B[e] in
-    block p.
+    `base[begin:end] + scale * (x[begin:end] @ A[e].mT) @ B[e].mT`. By "cpu", neither the update
+    [N, out] nor its scaled copy is allocated, in forward or backward; "grouped_mm" allocates the
+    update of one projection at a time, [N, out / P], and no scaled copy. P projections of the same
+    input (a gate and an up projection) may be stacked: then the shrink `x @ A.mT` is one product
+    for them all, and block p of the columns of out is the product of its own R columns with the
+    rows of B[e] in block p.
 
     Args:
         x: [N, in], float32, bfloat16, float64 or float16; the frozen layer's input, its rows
@@ -45,8 +46,12 @@ def grouped_lora_linear(
             one N. A group may be empty. Looked at where that is free: on the CPU, and not while
             compiling.
         scale: finite; lora_alpha / R.
-        backend: "cpu" or "reference"; None takes the first that fits. "reference" reads offsets on
-            the host, so a compiled graph breaks there.
+        backend: "cpu", "grouped_mm" or "reference"; None takes the first that fits. "cpu" takes CPU
+            tensors. "grouped_mm" takes float32, bfloat16 and float16 on the CPU and on CUDA, if the
+            rows of in, out / P and R elements are multiples of 16 bytes, and up to 1,023 groups
+            (E, or E * S). It never waits for the GPU in bfloat16 on sm90 and sm100; elsewhere
+            torch's own grouped_mm reads offsets on the host. "reference" reads them there too, so a
+            compiled graph breaks.
 
     Returns:
         [N, out] in base's dtype. Differentiable in x, base, A and B, each gradient in its own
@@ -62,7 +67,9 @@ def grouped_lora_linear(
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(base.dtype)
     _check(x, base, A, B, offsets, scale)
-    backend = choose("grouped_lora_linear", _ORDER, backend, x.device)
+    projections = A.shape[-2] // B.shape[-1]
+    sizes = (x.shape[1], base.shape[1], B.shape[-1], projections, offsets.numel())
+    backend = choose("grouped_lora_linear", _ORDER, backend, x.device, x.dtype, *sizes)
     if backend == "reference":
         with torch.autocast(x.device.type, enabled=False):
             return reference.grouped_lora_linear(x, base, A, B, offsets, scale)
@@ -135,9 +142,20 @@ def _check_offsets(offsets: Tensor, shape: Shape, rows: int) -> None:
         raise ValueError(f"offsets must ascend, got {offsets.tolist()}")
 
 
-_ORDER = (CPU, REFERENCE)
-_FORWARD = {"cpu": cpu.grouped_lora_linear}
-_BACKWARD = {"cpu": cpu.grouped_lora_linear_backward}
+# Only GROUPED_MM looks at more than the device.
+_ORDER = (
+    Backend(CPU.name, lambda device, *_: CPU.unfit(device)),
+    grouped_mm.GROUPED_MM,
+    Backend(REFERENCE.name, lambda device, *_: REFERENCE.unfit(device)),
+)
+_FORWARD = {
+    "cpu": cpu.grouped_lora_linear,
+    "grouped_mm": grouped_mm.grouped_lora_linear,
+}
+_BACKWARD = {
+    "cpu": cpu.grouped_lora_linear_backward,
+    "grouped_mm": grouped_mm.grouped_lora_linear_backward,
+}
 
 
 @torch.library.custom_op("memdlm::grouped_lora_linear", mutates_args=())

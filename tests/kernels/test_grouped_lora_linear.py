@@ -8,12 +8,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import memdlm_kernels.flops  # noqa: F401 - registers the formulas
 from memdlm_kernels import grouped_lora_linear
+from memdlm_kernels._backends import choose
+from memdlm_kernels.grouped_lora_linear import grouped_mm, op, reference
 from tests.kernels.truth import assert_as_accurate
 
-BACKENDS = ["cpu"]
+BACKENDS = ["cpu", "grouped_mm"]
 # lora_alpha / R of the paper, and as in test_lora_linear.py a power of two.
 SCALE = 2.0
 NAMES = ("x", "base", "A", "B")
+GROUPED_MM = torch.nn.functional.grouped_mm
 
 
 def offsets_of(lengths):
@@ -35,6 +38,14 @@ def inputs(lengths, columns, out, rank, projections=1, *, dtype, weight_dtype=No
         torch.randn(*groups, out, rank).to(weight_dtype),
     )
     return tuple(tensor.requires_grad_(grad) for tensor in tensors), offsets
+
+
+def fitted(backend, columns, out, rank, projections=1):
+    """(in, out, R, P) rounded up to what the backend takes in any dtype."""
+    if backend == "grouped_mm":
+        columns, rank = (8 * math.ceil(size / 8) for size in (columns, rank))
+        out = 8 * projections * math.ceil(out / projections / 8)
+    return columns, out, rank, projections
 
 
 def outputs(tensors, offsets, grad_out, backend, scale=SCALE):
@@ -92,7 +103,9 @@ SHAPES = {
     ],
 )
 def test_matches_truth(backend, dtype, weight_dtype, shape):
-    tensors, offsets = inputs(*SHAPES[shape], dtype=dtype, weight_dtype=weight_dtype)
+    lengths, *sizes = SHAPES[shape]
+    sizes = fitted(backend, *sizes)
+    tensors, offsets = inputs(lengths, *sizes, dtype=dtype, weight_dtype=weight_dtype)
     grad_out = torch.randn(tensors[1].shape).to(dtype)
     actual = outputs(tensors, offsets, grad_out, backend)
     expected = outputs(tensors, offsets, grad_out, "reference")
@@ -107,13 +120,12 @@ def test_matches_truth(backend, dtype, weight_dtype, shape):
 
 
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("lengths", [[150, 0, 61], [[40, 60], [0, 50], [61, 0]]])
-def test_float64(backend, lengths):
+def test_float64(lengths):
     tensors, offsets = inputs(lengths, 33, 66, 5, 2, dtype=torch.float64)
     grad_out = torch.randn(211, 66, dtype=torch.float64)
     actual, expected = (
-        outputs(tensors, offsets, grad_out, name, 2.3) for name in (backend, "reference")
+        outputs(tensors, offsets, grad_out, name, 2.3) for name in ("cpu", "reference")
     )
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
@@ -126,12 +138,12 @@ def test_gradcheck(lengths, projections):
     def function(backend):
         return lambda *t: grouped_lora_linear(*t, offsets, SCALE, backend=backend)
 
-    for backend in (*BACKENDS, "reference"):
+    for backend in ("cpu", "reference"):
         assert torch.autograd.gradcheck(function(backend), tensors)
     assert torch.autograd.gradgradcheck(function("reference"), tensors)
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_is_the_dense_product_of_each_row(backend):
     """Written out for one row: what the reference itself must be."""
     (x, base, A, B), offsets = inputs([2, 0, 3], 4, 6, 2, 2, dtype=torch.float64, grad=False)
@@ -146,11 +158,12 @@ def test_is_the_dense_product_of_each_row(backend):
 def test_per_sample_is_each_sample_alone(backend):
     """Even where another sample is not finite."""
     lengths = torch.tensor([[3, 0, 4], [2, 5, 1]])
-    tensors, offsets = inputs(lengths.tolist(), 8, 6, 2, 2, dtype=torch.float32, grad=False)
+    sizes = fitted(backend, 8, 6, 2, 2)
+    tensors, offsets = inputs(lengths.tolist(), *sizes, dtype=torch.float32, grad=False)
     sample = torch.arange(3).repeat(2).repeat_interleave(lengths.flatten())
     tensors[0][sample == 2] = math.nan
     tensors = tuple(tensor.requires_grad_() for tensor in tensors)
-    grad_out = torch.randn(15, 6)
+    grad_out = torch.randn(15, sizes[1])
     together = outputs(tensors, offsets, grad_out, backend)
     for s in range(3):
         mine = (sample == s,) * 3 + (s,) * 2
@@ -163,23 +176,25 @@ def test_per_sample_is_each_sample_alone(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("lengths", [[3, 0, 2], [[1, 2], [0, 1], [0, 1]]])
+@pytest.mark.parametrize("lengths", [[3, 0, 2], [0, 1, 0], [[1, 2], [0, 1], [0, 1]]])
 def test_strides(backend, lengths):
     """Transposed x, expanded base, A and B in a flat buffer, and the stride-0 gradient of a sum."""
     offsets = offsets_of(lengths)
-    sets, (in_A, in_B) = offsets.shape[1:], (3 * 4 * 8, 3 * 6 * 2)
+    columns, out, rank, _ = fitted(backend, 8, 6, 2, 2)
+    sets, (in_A, in_B) = offsets.shape[1:], (3 * 2 * rank * columns, 3 * out * rank)
     flat = torch.randn(*sets, 5 + in_A + in_B)
+    rows = offsets.flatten()[-1]
     tensors = (
-        torch.randn(8, 5).mT,
-        torch.randn(6).expand(5, 6),
-        flat[..., 5 : 5 + in_A].unflatten(-1, (3, 4, 8)),
-        flat[..., 5 + in_A :].unflatten(-1, (3, 2, 6)).mT,
+        torch.randn(columns, rows).mT,
+        torch.randn(out).expand(rows, out),
+        flat[..., 5 : 5 + in_A].unflatten(-1, (3, 2 * rank, columns)),
+        flat[..., 5 + in_A :].unflatten(-1, (3, rank, out)).mT,
     )
     tensors = tuple(tensor.detach().requires_grad_() for tensor in tensors)
     before = tensors[1].detach().clone()
     spread = torch.zeros(*offsets.shape, 2, dtype=torch.int32)
     spread[..., 0] = offsets
-    grad_out = torch.ones(()).expand(5, 6)
+    grad_out = torch.ones(()).expand(rows, out)
     actual, expected = (
         outputs(tensors, spread[..., 0], grad_out, name) for name in (backend, "reference")
     )
@@ -191,7 +206,8 @@ def test_strides(backend, lengths):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("needed", ["x", "base", "A", "B", "xbase", "AB", ""])
 def test_only_the_gradients_that_are_needed(backend, needed):
-    tensors, offsets = inputs([3, 0, 2], 8, 6, 2, 2, dtype=torch.float32, grad=False)
+    sizes = fitted(backend, 8, 6, 2, 2)
+    tensors, offsets = inputs([3, 0, 2], *sizes, dtype=torch.float32, grad=False)
     for name, tensor in zip(NAMES, tensors, strict=True):
         tensor.requires_grad_(name in needed)
     out = grouped_lora_linear(*tensors, offsets, SCALE, backend=backend)
@@ -211,7 +227,8 @@ def test_only_the_gradients_that_are_needed(backend, needed):
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_modes_and_two_backwards(backend):
-    tensors, offsets = inputs([120, 0, 80], 8, 6, 2, 2, dtype=torch.float32)
+    sizes = fitted(backend, 8, 6, 2, 2)
+    tensors, offsets = inputs([120, 0, 80], *sizes, dtype=torch.float32)
     out = grouped_lora_linear(*tensors, offsets, SCALE, backend=backend)
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
@@ -229,36 +246,45 @@ def test_modes_and_two_backwards(backend):
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
-def test_autocast(backend):
-    (x, base, A, B), offsets = inputs([120, 0, 80], 8, 6, 2, 2, dtype=torch.float32)
-    base = base.detach().bfloat16()
-    expected = grouped_lora_linear(x.bfloat16(), base, A, B, offsets, SCALE, backend=backend)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_autocast(backend, dtype):
+    """The products are in base's dtype, forward and backward."""
+    sizes = fitted(backend, 8, 6, 2, 2)
+    (x, base, A, B), offsets = inputs([120, 0, 80], *sizes, dtype=torch.float32)
+    base = base.detach().to(dtype)
+    expected = grouped_lora_linear(x.to(dtype), base, A, B, offsets, SCALE, backend=backend)
+    grads = torch.autograd.grad(expected.sum(), (x, A, B))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = grouped_lora_linear(x, base, A, B, offsets, SCALE, backend=backend)
-    assert out.dtype == torch.bfloat16
+        actual = torch.autograd.grad(out.sum(), (x, A, B))
+    assert out.dtype == dtype
     assert torch.equal(out, expected)
+    # The reference's are plain PyTorch's, which autocast reaches.
+    assert backend == "reference" or all(map(torch.equal, actual, grads))
 
 
-@pytest.mark.parametrize("lengths", [[3, 0, 2], [[1, 2], [0, 1], [0, 1]]])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("lengths", [[3, 0, 2], [0, 0], [[1, 2], [0, 1], [0, 1]]])
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
-def test_opcheck(lengths, weight_dtype):
-    tensors, offsets = inputs(lengths, 8, 6, 2, 2, dtype=torch.bfloat16, weight_dtype=weight_dtype)
+def test_opcheck(backend, lengths, weight_dtype):
+    sizes = fitted(backend, 8, 6, 2, 2)
+    tensors, offsets = inputs(lengths, *sizes, dtype=torch.bfloat16, weight_dtype=weight_dtype)
     forward = torch.ops.memdlm.grouped_lora_linear.default
     for needs in ((True, True, True), (True, False, False), (False, True, False)):
-        opcheck(forward, (*tensors, offsets, SCALE, *needs, "cpu"))
+        opcheck(forward, (*tensors, offsets, SCALE, *needs, backend))
 
     x, grad_out, A, B = (tensor.detach() for tensor in tensors)
-    _, shrink = forward(x, grad_out, A, B, offsets, SCALE, False, False, True, "cpu")
+    _, shrink = forward(x, grad_out, A, B, offsets, SCALE, False, False, True, backend)
     backward = torch.ops.memdlm.grouped_lora_linear_backward.default
     for saved in ((x, shrink), (None, shrink), (x, None), (None, None)):
-        opcheck(backward, (grad_out, *saved, A, B, offsets, SCALE, True, "cpu"))
-    opcheck(backward, (grad_out, x, shrink, A, B, offsets, SCALE, False, "cpu"))
+        opcheck(backward, (grad_out, *saved, A, B, offsets, SCALE, True, backend))
+    opcheck(backward, (grad_out, x, shrink, A, B, offsets, SCALE, False, backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("lengths", [[3, 0, 2], [[1, 2], [0, 1], [0, 1]]])
 def test_compiles_whole(backend, lengths):
-    tensors, offsets = inputs(lengths, 8, 6, 2, 2, dtype=torch.float32)
+    tensors, offsets = inputs(lengths, *fitted(backend, 8, 6, 2, 2), dtype=torch.float32)
 
     def loss(*tensors):
         return grouped_lora_linear(*tensors, offsets, SCALE, backend=backend).square().sum()
@@ -282,7 +308,7 @@ def test_bad_offsets_of_the_bare_op(offsets):
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 def test_flops(backend):
-    rows, columns, out, rank, projections = 5, 8, 6, 2, 2
+    rows, (columns, out, rank, projections) = 5, fitted(backend, 8, 6, 2, 2)
     tensors, offsets = inputs([3, 0, 2], columns, out, rank, projections, dtype=torch.float32)
     with FlopCounterMode(display=False) as forward:
         loss = grouped_lora_linear(*tensors, offsets, SCALE, backend=backend).sum()
@@ -291,6 +317,65 @@ def test_flops(backend):
     with FlopCounterMode(display=False) as backward:
         loss.backward()
     assert backward.get_total_flops() == 2 * expected
+
+
+@pytest.mark.parametrize("lengths", [[3, 0, 2], [[1, 0], [0, 1], [0, 1]]])
+def test_whatever_grouped_mm_leaves_for_an_empty_group(monkeypatch, lengths):
+    """As on sm100."""
+
+    def leaves_nan(a, b, *, offs):
+        product = GROUPED_MM(a, b, offs=offs)
+        if b.dim() == 2:
+            product[offs.diff(prepend=offs.new_zeros(1)) == 0] = math.nan
+        return product
+
+    tensors, offsets = inputs(lengths, 8, 16, 8, 2, dtype=torch.float32)
+    expected = outputs(tensors, offsets, torch.ones_like(tensors[1]), "reference")
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", leaves_nan)
+    actual = outputs(tensors, offsets, torch.ones_like(tensors[1]), "grouped_mm")
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("lengths", [[3, 0, 2], [[1, 2], [0, 1], [0, 1]]])
+def test_grouped_mm_never_waits_for_a_value(lengths):
+    """Tensors without values, as those that a GPU has yet to compute."""
+    tensors, offsets = inputs(lengths, 8, 16, 8, 2, dtype=torch.bfloat16, grad=False)
+    x, base, A, B, offsets = (tensor.to("meta") for tensor in (*tensors, offsets))
+    out, shrink = grouped_mm.grouped_lora_linear(x, base, A, B, offsets, SCALE)
+    grads = grouped_mm.grouped_lora_linear_backward(
+        base, x, shrink, A, B, offsets, SCALE, need_grad_x=True
+    )
+    assert [t.shape for t in (out, *grads)] == [t.shape for t in (base, x, A, B)]
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        reference.grouped_lora_linear(x, base, A, B, offsets, SCALE)
+
+
+UNFIT = {
+    "got torch.float64": dict(dtype=torch.float64),
+    "multiples of 4 for torch.float32, above 0, got 6, 16 and 8": dict(columns=6),
+    "multiples of 8 for torch.bfloat16, above 0, got 4, 16 and 8": dict(
+        columns=4, dtype=torch.bfloat16
+    ),
+    "above 0, got 8, 6 and 8": dict(out=12),
+    "above 0, got 8, 16 and 2": dict(rank=2),
+    "above 0, got 0, 16 and 8": dict(columns=0),
+    "at most 1023 groups, got 1024": dict(lengths=[0] * 1024),
+}
+
+
+@pytest.mark.parametrize("message", UNFIT)
+def test_what_grouped_mm_does_not_take(message):
+    good = dict(lengths=[3, 0, 2], columns=8, out=32, rank=8, projections=2, dtype=torch.float32)
+    tensors, offsets = inputs(**{**good, **UNFIT[message]}, grad=False)
+    with pytest.raises(ValueError, match=rf"no backend can run .*grouped_mm: .*{message}"):
+        grouped_lora_linear(*tensors, offsets, SCALE, backend="grouped_mm")
+
+
+def test_a_gpu_takes_grouped_mm_where_it_can():
+    facts = (torch.device("cuda"), torch.bfloat16, 64, 64)
+    assert choose("op", op._ORDER, None, *facts, 8, 2, 1023) == "grouped_mm"
+    assert choose("op", op._ORDER, None, *facts, 4, 2, 1023) == "reference"
+    assert choose("op", op._ORDER, None, torch.device("mps"), *facts[1:], 8, 2, 3) == "reference"
 
 
 INT32 = torch.int32
@@ -317,7 +402,7 @@ BAD = {
     "got -1 to 5": dict(offsets=torch.tensor([-1, 2, 5], dtype=INT32)),
     "offsets must ascend, got [3, 2, 5]": dict(offsets=torch.tensor([3, 2, 5], dtype=INT32)),
     "scale must be finite": dict(scale=math.inf),
-    "backend must be None or one of 'cpu', 'reference'": dict(backend="triton"),
+    "backend must be None or one of 'cpu', 'grouped_mm', 'reference'": dict(backend="triton"),
 }
 
 
