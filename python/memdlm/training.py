@@ -17,7 +17,7 @@ from transformers import (
     set_seed,
 )
 
-from memdlm.backbone import ATTENTION_PROJECTIONS, FAMILIES, FFN_PROJECTIONS
+from memdlm.backbone import ATTENTION_PROJECTIONS, FAMILIES, FFN_PROJECTIONS, check_blocks
 from memdlm.checkpoint import check_resumable, last_checkpoint
 from memdlm.data.collator import MaskCollator
 from memdlm.data.dataset import load_examples, prepare_examples
@@ -117,6 +117,7 @@ def _first_line(error: Exception) -> str:
 
 def _collator(run: Run, config: Any, tokenizer: PreTrainedTokenizerBase) -> MaskCollator:
     options = run.options
+    check_blocks(config, run.diffusion.block_size)
     mask = _mask_token_id(options, config, tokenizer)
     pad = tokenizer.pad_token_id
     return MaskCollator(

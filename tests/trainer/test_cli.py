@@ -329,6 +329,17 @@ def test_a_model_without_a_mask_token_is_an_error(folder, tmp_path, capsys):
     assert "has no mask token, in its config or its tokenizer: set mask_token or" in error
 
 
+def test_blocks_of_a_model_with_shifted_logits_are_refused(folder, tmp_path, capsys, monkeypatch):
+    model = tiny_model()
+    model.config.right_shift_logits = True
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)  # never reached
+    keys = {"block_size": 4, "padding": "multiple", "pad_to_multiple_of": 8}
+    assert main(arguments(folder, tmp_path / "out", model=tmp_path / "model", **keys)) == 2
+    assert "block_size must be None" in capsys.readouterr().err
+
+
 def test_the_models_own_mask_token_is_taken(folder, tmp_path, capsys):
     model = tiny_model()
     model.config.mask_token_id = VOCABULARY + 3
