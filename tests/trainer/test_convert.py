@@ -3,6 +3,7 @@
 import json
 import re
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -279,7 +280,7 @@ def test_another_kind_of_model_is_refused(tmp_path, capsys):
 
 def write_gguf(path):
     """A random one-layer llama with a byte-level tokenizer, as llama.cpp lays them out."""
-    gguf = pytest.importorskip("gguf")
+
     tokens = ["<|endoftext|>", "<s>", *"abcdefgh", "ab"]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(64)
