@@ -172,7 +172,7 @@ def _trained(
             target_modules=_ATTENTION + (_FFN if everything else []),
             target_parameters=_STACKED if sparse and everything else None,
         )
-        model = get_peft_model(bare, lora)  # type: ignore[arg-type]
+        model = get_peft_model(bare, lora)
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-5)

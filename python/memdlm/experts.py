@@ -195,7 +195,7 @@ class _FourBitLinear(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        weight = getattr(ctx.experts, ctx.name)
+        weight = getattr(ctx.experts, ctx.name).to(grad.dtype)  # narrower after autocast
         return _grouped_linear(grad.contiguous(), weight.mT, ctx.ends), None, None, None
 
 

@@ -154,6 +154,23 @@ def test_an_evaluation_before_training_leaves_the_gradients(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["llama", "llada_moe"])
+def test_a_float32_base_steps_under_autocast(tmp_path, family):
+    save_model(tmp_path, family)
+    model, _ = load_pair(tmp_path, torch.float32)
+    memory, diffusion = MemoryConfig(rank=4, layer_fraction=0.5), DiffusionConfig()
+    objective = MemDLMObjective(model, diffusion, memory)
+    batch = MaskCollator(MASK, PAD, VOCABULARY, diffusion, memory)(make_features())
+    exact = objective(batch).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = objective(batch).loss
+    torch.testing.assert_close(narrow, exact, rtol=0.05, atol=0)
+    narrow.backward()  # outside, as trainers do
+    for name, gradient in gradients(model).items():
+        assert gradient.isfinite().all(), name
+        assert gradient.any(), name
+
+
+@pytest.mark.parametrize("family", ["llama", "llada_moe"])
 def test_recomputed_layers_give_the_same_and_keep_no_dense_experts(tmp_path, family):
     save_model(tmp_path, family, shared=None)
     model, _ = load_pair(tmp_path, torch.float32)
