@@ -1,5 +1,7 @@
 """Which implementation of an op runs: the only dispatch code of the package."""
 
+import importlib.util
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,8 +43,20 @@ def _cpu_unfit(device: torch.device) -> str | None:
     return library_missing
 
 
-# Both look at the device of the op's tensors.
+def _triton_unfit(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        return None if capability >= (8, 0) else f"the GPU is older than sm_80: sm_{capability}"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return f"the tensors are on {device.type} (on the CPU only TRITON_INTERPRET=1 runs it, slowly)"
+
+
+# All look at the device of the op's tensors.
 CPU = Backend("cpu", _cpu_unfit)
+TRITON = Backend("triton", _triton_unfit)
 REFERENCE = Backend("reference", lambda device: None)
 
 
