@@ -6,8 +6,10 @@
 STABLE_TORCH_LIBRARY(memdlm_C, m) {
   m.def(
       "fast_weight_sgd_(Tensor(a!) param, Tensor grad, Tensor segments, float lr, float max_norm, "
-      "str clip, Tensor(b!) norm, Tensor(c!) skipped) -> ()");
-  m.def("fast_weight_reset_(Tensor(a!) param, Tensor segments, Tensor bounds, Tensor seed) -> ()");
+      "str clip, Tensor? loss, Tensor(b!) norm, Tensor(c!) skipped, Tensor(d!)? cast) -> ()");
+  m.def(
+      "fast_weight_reset_(Tensor(a!) param, Tensor segments, Tensor bounds, Tensor seed, "
+      "Tensor(b!)? cast) -> ()");
   m.def(
       "grouped_lora_linear(Tensor x, Tensor base, Tensor A, Tensor B, Tensor offsets, float scale, "
       "Tensor(a!) out, Tensor(b!) shrink) -> ()");

@@ -43,6 +43,26 @@ def _cpu_unfit(device: torch.device) -> str | None:
     return library_missing
 
 
+def _cuda_unfit(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"the tensors are on {device.type}"
+    if library_missing is not None:
+        return library_missing
+    built: Any = importlib.import_module("memdlm_kernels._build_info")
+    if not built.cuda:
+        return "this build has no CUDA (MEMDLM_CUDA=ON at installation forces it)"
+    if not torch.cuda.is_available():
+        return "torch finds no GPU"
+    major, minor = torch.cuda.get_device_capability(device)
+    capability, architectures = 10 * major + minor, built.cuda_architectures
+    # Machine code runs on its own generation from its own revision on; PTX on all later ones.
+    if capability >= max(architectures) or any(
+        architecture // 10 == major and architecture <= capability for architecture in architectures
+    ):
+        return None
+    return f"this build is for {architectures}, and the GPU is sm_{capability}"
+
+
 def _triton_unfit(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
@@ -56,6 +76,7 @@ def _triton_unfit(device: torch.device) -> str | None:
 
 # All look at the device of the op's tensors.
 CPU = Backend("cpu", _cpu_unfit)
+CUDA = Backend("cuda", _cuda_unfit)
 TRITON = Backend("triton", _triton_unfit)
 REFERENCE = Backend("reference", lambda device: None)
 

@@ -18,6 +18,18 @@ def check_flat(name: str, flat: Tensor) -> None:
         )
 
 
+def check_cast(cast: Tensor, param: Tensor) -> None:
+    """Raise ValueError unless `cast` can receive `param` rounded to another dtype."""
+    check_flat("cast", cast)
+    if cast.shape != param.shape or cast.dtype == param.dtype:
+        raise ValueError(
+            f"cast must be {list(param.shape)}, like param, of another dtype than {param.dtype}, "
+            f"got {cast.dtype} {list(cast.shape)}"
+        )
+    if cast.device != param.device:
+        raise ValueError(f"cast must be on param's device {param.device}, got {cast.device}")
+
+
 def check_segments(segments: Tensor, flat: Tensor) -> None:
     """Raise ValueError unless `segments` [P + 1] cuts the columns of `flat` [S, T] into P segments.
 

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <optional>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -113,6 +114,23 @@ CLONES double sum_of_squares(const T* x, int64_t n) {
   return total;
 }
 
+// cast[i] = param[i], by way of float where either has 16 bits, as torch does it.
+template <class P, class C>
+CLONES void copy_rounded(C* __restrict__ cast, const P* __restrict__ param, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) cast[i] = static_cast<C>(static_cast<Work<P>>(param[i]));
+}
+
+// The same for one block of two tensors [S, T], while the block of param is in the cache.
+void refresh_cast(const std::optional<Tensor>& cast, const Tensor& param, const Block& block) {
+  if (!cast) return;
+  with_type(param.scalar_type(), "param", [&]<class P>() {
+    with_type(cast->scalar_type(), "cast", [&]<class C>() {
+      copy_rounded(row_of<C>(*cast, block.row) + block.begin,
+                   row_of<const P>(param, block.row) + block.begin, block.end - block.begin);
+    });
+  });
+}
+
 // In double too, which costs no time beside the memory's: clipping a huge gradient takes a factor
 // too small for a float.
 template <class P, class G>
@@ -123,15 +141,30 @@ CLONES void descend(P* __restrict__ param, const G* __restrict__ grad, double fa
   }
 }
 
-// `skipped` holds, on entry, the rows whose loss is not finite.
+// Whether each row's loss is not finite.
+void mark_bad_losses(const std::optional<Tensor>& loss, bool* skip, int64_t rows) {
+  std::fill(skip, skip + rows, false);
+  if (!loss) return;
+  STD_TORCH_CHECK(loss->is_cpu() && loss->dim() == 1 && loss->size(0) == rows,
+                  "loss must be a CPU tensor [S]");
+  with_type(loss->scalar_type(), "loss", [&]<class L>() {
+    const L* values = static_cast<const L*>(loss->const_data_ptr());
+    for (int64_t row = 0; row < rows; ++row) {
+      skip[row] = !std::isfinite(static_cast<Work<L>>(values[row * loss->stride(0)]));
+    }
+  });
+}
+
 void fast_weight_sgd_(const Tensor& param, const Tensor& grad, const Tensor& segments, double lr,
-                      double max_norm, std::string clip, const Tensor& norm,
-                      const Tensor& skipped) {
+                      double max_norm, std::string clip, const std::optional<Tensor>& loss,
+                      const Tensor& norm, const Tensor& skipped,
+                      const std::optional<Tensor>& cast) {
   const int64_t rows = param.size(0), columns = param.size(1), count = segments.numel() - 1;
   check_flat(param, "param", rows, columns);
   check_flat(grad, "grad", rows, columns);
   check_tensor(norm, "norm", norm.scalar_type(), rows * count);
   check_tensor(skipped, "skipped", ScalarType::Bool, rows);
+  if (cast) check_flat(*cast, "cast", rows, columns);
   const std::vector<Block> blocks = make_blocks(segments, rows, columns);
   const int64_t block_count = static_cast<int64_t>(blocks.size());
 
@@ -151,6 +184,7 @@ void fast_weight_sgd_(const Tensor& param, const Tensor& grad, const Tensor& seg
     square[blocks[b].row * count + blocks[b].segment] += partial[b];
   }
   bool* skip = skipped.mutable_data_ptr<bool>();
+  mark_bad_losses(loss, skip, rows);
   for (int64_t i = 0; i < rows * count; ++i) {
     const int64_t row = i / count;
     row_square[row] += square[i];
@@ -182,6 +216,7 @@ void fast_weight_sgd_(const Tensor& param, const Tensor& grad, const Tensor& seg
           descend(row_of<P>(param, block.row) + block.begin,
                   row_of<const G>(grad, block.row) + block.begin,
                   factor[block.row * count + block.segment], block.end - block.begin);
+          refresh_cast(cast, param, block);
         }
       });
     });
@@ -240,12 +275,17 @@ CLONES void draw(T* row, uint64_t seed, double bound, int64_t begin, int64_t end
 }
 
 void fast_weight_reset_(const Tensor& param, const Tensor& segments, const Tensor& bounds,
-                        const Tensor& seed) {
+                        const Tensor& seed, const std::optional<Tensor>& cast) {
   const int64_t rows = param.size(0), columns = param.size(1);
   check_flat(param, "param", rows, columns);
-  check_tensor(bounds, "bounds", ScalarType::Double, segments.numel() - 1);
+  check_tensor(bounds, "bounds", bounds.scalar_type(), segments.numel() - 1);
   check_tensor(seed, "seed", ScalarType::Long, rows);
-  const double* bound = bounds.const_data_ptr<double>();
+  if (cast) check_flat(*cast, "cast", rows, columns);
+  std::vector<double> bound;
+  with_type(bounds.scalar_type(), "bounds", [&]<class T>() {
+    const T* values = static_cast<const T*>(bounds.const_data_ptr());
+    bound.assign(values, values + bounds.numel());
+  });
   const int64_t* seeds = seed.const_data_ptr<int64_t>();
   const std::vector<Block> blocks = make_blocks(segments, rows, columns);
 
@@ -262,6 +302,7 @@ void fast_weight_reset_(const Tensor& param, const Tensor& segments, const Tenso
               draw(row, static_cast<uint64_t>(seeds[block.row]), bound[block.segment], block.begin,
                    block.end);
             }
+            refresh_cast(cast, param, block);
           }
         });
   });

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from memdlm_kernels._backends import CPU, REFERENCE, choose
-from memdlm_kernels._segments import check_flat, check_segments
-from memdlm_kernels.fast_weight_reset import cpu, reference
+from memdlm_kernels._backends import CPU, CUDA, REFERENCE, choose
+from memdlm_kernels._segments import check_cast, check_flat, check_segments
+from memdlm_kernels.fast_weight_reset import compiled, reference
 
 _LARGEST_ROW = 4 * 2**32  # elements: four for each value of one 32-bit counter word
 
@@ -16,6 +16,7 @@ def fast_weight_reset_(
     bounds: Tensor,
     seed: Tensor,
     *,
+    cast: Tensor | None = None,
     backend: str | None = None,
 ) -> None:
     """Draw every fast weight afresh, uniform within its own bound, in place.
@@ -23,7 +24,8 @@ def fast_weight_reset_(
     Replaces `param[s, p].uniform_(-bounds[p], bounds[p], generator=...)` for each segment p of each
     row s: one pass of writes, no loop over tensors, no wait for the device. The numbers depend on
     the seed, the column and the bound alone: the same on every backend and device, and in whichever
-    row of whichever batch a sequence stands.
+    row of whichever batch a sequence stands. With `cast` also `cast.copy_(param)`, in the same
+    pass.
 
     Args:
         param: [S, T], floating-point, T at most 2**34. Written in place, outside autograd.
@@ -32,7 +34,8 @@ def fast_weight_reset_(
         bounds: [P] float32 or float64, finite, at least 0: 1 / sqrt(in) for A, 0 for B, which
             writes zeros. Values are checked on the CPU only.
         seed: [S] int64, any value, one for each row.
-        backend: "cpu" or "reference"; None takes the first that fits.
+        cast: [S, T], floating-point of another dtype than param, or None; receives param rounded.
+        backend: "cpu", "cuda" or "reference"; None takes the first that fits.
 
     Returns:
         None. param[s, j] is (2u - 1) * bounds[p] in float32 (in float64 for a float64 param), cast
@@ -45,20 +48,26 @@ def fast_weight_reset_(
 
     Source: J. K. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
     """
-    _check(param, segments, bounds, seed)
+    _check(param, segments, bounds, seed, cast)
     backend = choose("fast_weight_reset_", _ORDER, backend, param.device)
     with torch.no_grad():
         if backend == "reference":
             param.copy_(reference.fast_weight_reset(param, segments, bounds, seed))
+            if cast is not None:
+                cast.copy_(param)
         else:
-            torch.ops.memdlm.fast_weight_reset_(param, segments, bounds, seed, backend)
+            torch.ops.memdlm.fast_weight_reset_(param, segments, bounds, seed, cast, backend)
 
 
-def _check(param: Tensor, segments: Tensor, bounds: Tensor, seed: Tensor) -> None:
+def _check(
+    param: Tensor, segments: Tensor, bounds: Tensor, seed: Tensor, cast: Tensor | None
+) -> None:
     check_flat("param", param)
     if param.shape[1] > _LARGEST_ROW:
         raise ValueError(f"param must have at most {_LARGEST_ROW} columns, got {param.shape[1]}")
     check_segments(segments, param)
+    if cast is not None:
+        check_cast(cast, param)
     count = segments.shape[0] - 1
     if bounds.shape != (count,) or bounds.dtype not in (torch.float32, torch.float64):
         raise ValueError(
@@ -80,15 +89,29 @@ def _check(param: Tensor, segments: Tensor, bounds: Tensor, seed: Tensor) -> Non
         raise ValueError(f"bounds must be finite and at least 0, got {bounds.tolist()}")
 
 
-_ORDER = (CPU, REFERENCE)
-_IMPLEMENTATION = {"cpu": cpu.fast_weight_reset_}
+_ORDER = (CPU, CUDA, REFERENCE)
 
 
-@torch.library.custom_op("memdlm::fast_weight_reset_", mutates_args=("param",))
-def _reset(param: Tensor, segments: Tensor, bounds: Tensor, seed: Tensor, backend: str) -> None:
-    _IMPLEMENTATION[backend](param, segments, bounds, seed)
+@torch.library.custom_op("memdlm::fast_weight_reset_", mutates_args=("param", "cast"))
+def _reset(
+    param: Tensor,
+    segments: Tensor,
+    bounds: Tensor,
+    seed: Tensor,
+    cast: Tensor | None,
+    backend: str,
+) -> None:
+    # `backend` has been chosen by the device, as the compiled op will.
+    compiled.fast_weight_reset_(param, segments, bounds, seed, cast)
 
 
 @_reset.register_fake
-def _(param: Tensor, segments: Tensor, bounds: Tensor, seed: Tensor, backend: str) -> None:
+def _(
+    param: Tensor,
+    segments: Tensor,
+    bounds: Tensor,
+    seed: Tensor,
+    cast: Tensor | None,
+    backend: str,
+) -> None:
     return None

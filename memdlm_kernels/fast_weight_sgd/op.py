@@ -5,9 +5,9 @@ import math
 import torch
 from torch import Tensor
 
-from memdlm_kernels._backends import CPU, REFERENCE, choose
-from memdlm_kernels._segments import check_flat, check_segments
-from memdlm_kernels.fast_weight_sgd import cpu, reference
+from memdlm_kernels._backends import CPU, CUDA, REFERENCE, choose
+from memdlm_kernels._segments import check_cast, check_flat, check_segments
+from memdlm_kernels.fast_weight_sgd import compiled, reference
 
 
 def fast_weight_sgd_(
@@ -19,6 +19,7 @@ def fast_weight_sgd_(
     clip: str = "tensor",
     loss: Tensor | None = None,
     *,
+    cast: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Clip the gradient of every fast weight and take one SGD step, in place.
@@ -26,7 +27,8 @@ def fast_weight_sgd_(
     Replaces, for each segment p of each row, `g = grad[s, p]`, `param[s, p] -= lr * g * min(1,
     max_norm / g.norm())` and the check that everything is finite: no loop over tensors, no wait for
     the device. A row whose loss, or any of whose gradient norms, is not finite is left untouched
-    bit for bit; the other rows go on. No clipped copy of the gradient is allocated.
+    bit for bit; the other rows go on. No clipped copy of the gradient is allocated. With `cast`
+    also `cast[s] = param[s].to(cast.dtype)` of each row that is not left alone, in the same pass.
 
     Args:
         param: [S, T], floating-point; row s is one set of fast weights. Written in place, outside
@@ -38,7 +40,10 @@ def fast_weight_sgd_(
         max_norm: largest gradient norm, above 0 (inf is allowed). Not read if clip is "none".
         clip: "tensor", each segment by its own norm; "global", each row by its whole norm; "none".
         loss: [S] floating-point or None; the loss that each row's gradient comes from.
-        backend: "cpu" or "reference"; None takes the first that fits.
+        cast: [S, T], floating-point of another dtype than param, or None; the copy that the matmuls
+            use. A row that is left alone is left alone here too: so start with the two in step,
+            as fast_weight_reset_ leaves them.
+        backend: "cpu", "cuda" or "reference"; None takes the first that fits.
 
     Returns:
         norm: [S, P] float32 (float64 if grad is), each segment's gradient norm before clipping,
@@ -51,7 +56,7 @@ def fast_weight_sgd_(
 
     Source: the inner step of MemDLM, arXiv 2603.22241v2.
     """
-    _check(param, grad, segments, lr, max_norm, clip, loss)
+    _check(param, grad, segments, lr, max_norm, clip, loss, cast)
     backend = choose("fast_weight_sgd_", _ORDER, backend, param.device)
     with torch.no_grad():
         if backend == "reference":
@@ -59,9 +64,11 @@ def fast_weight_sgd_(
                 param, grad, segments, lr, max_norm, clip, loss
             )
             param.copy_(updated)
+            if cast is not None:
+                cast.copy_(torch.where(skipped[:, None], cast, param.to(cast.dtype)))
             return norm, skipped
         return torch.ops.memdlm.fast_weight_sgd_(
-            param, grad, segments, lr, max_norm, clip, loss, backend
+            param, grad, segments, lr, max_norm, clip, loss, cast, backend
         )
 
 
@@ -73,6 +80,7 @@ def _check(
     max_norm: float,
     clip: str,
     loss: Tensor | None,
+    cast: Tensor | None,
 ) -> None:
     check_flat("param", param)
     if grad.shape != param.shape or not grad.is_floating_point():
@@ -83,6 +91,8 @@ def _check(
     if grad.device != param.device:
         raise ValueError(f"grad must be on param's device {param.device}, got {grad.device}")
     check_segments(segments, param)
+    if cast is not None:
+        check_cast(cast, param)
     if not math.isfinite(lr):
         raise ValueError(f"lr must be finite, got {lr}")
     if clip not in ("tensor", "global", "none"):
@@ -100,11 +110,10 @@ def _check(
         raise ValueError(f"loss must be on param's device {param.device}, got {loss.device}")
 
 
-_ORDER = (CPU, REFERENCE)
-_IMPLEMENTATION = {"cpu": cpu.fast_weight_sgd_}
+_ORDER = (CPU, CUDA, REFERENCE)
 
 
-@torch.library.custom_op("memdlm::fast_weight_sgd_", mutates_args=("param",))
+@torch.library.custom_op("memdlm::fast_weight_sgd_", mutates_args=("param", "cast"))
 def _step(
     param: Tensor,
     grad: Tensor,
@@ -113,9 +122,11 @@ def _step(
     max_norm: float,
     clip: str,
     loss: Tensor | None,
+    cast: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return _IMPLEMENTATION[backend](param, grad, segments, lr, max_norm, clip, loss)
+    # `backend` has been chosen by the device, as the compiled op will.
+    return compiled.fast_weight_sgd_(param, grad, segments, lr, max_norm, clip, loss, cast)
 
 
 @_step.register_fake
@@ -127,6 +138,7 @@ def _(
     max_norm: float,
     clip: str,
     loss: Tensor | None,
+    cast: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     rows, norm_dtype = param.shape[0], torch.float32

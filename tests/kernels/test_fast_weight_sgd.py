@@ -7,9 +7,10 @@ from torch.library import opcheck
 
 from memdlm_kernels import fast_weight_sgd_
 from memdlm_kernels.fast_weight_sgd import reference
+from tests.kernels.devices import backends
 from tests.kernels.truth import assert_as_accurate
 
-BACKENDS = ["cpu", "reference"]
+BACKENDS = backends("cpu", "cuda", "reference")
 CLIPS = ["tensor", "global", "none"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
 # Empty segments at the start, within and at the end; one longer than the kernel's block.
@@ -17,13 +18,13 @@ SEGMENTS = torch.tensor([0, 0, 5, 5, 77, 900, 20_003, 20_003])
 LR, MAX_NORM = 0.1, 1.0
 
 
-def inputs(sets=3, segments=SEGMENTS, *, dtype=torch.float32, grad_dtype=None):
+def inputs(sets=3, segments=SEGMENTS, *, dtype=torch.float32, grad_dtype=None, device="cpu"):
     torch.manual_seed(0)
     columns = int(segments[-1])
-    param = torch.randn(sets, columns).to(dtype)
+    param = torch.randn(sets, columns).to(device, dtype)
     # Norms on both sides of the bound.
     grad = torch.randn(sets, columns) * torch.logspace(-3, 1, max(columns, 1))[:columns]
-    return param, grad.to(grad_dtype or dtype)
+    return param, grad.to(device, grad_dtype or dtype)
 
 
 def loop(param, grad, segments, lr, max_norm, clip):
@@ -41,15 +42,16 @@ def loop(param, grad, segments, lr, max_norm, clip):
 
 
 @pytest.mark.parametrize("clip", CLIPS)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_is_the_loop_over_tensors(backend, clip):
-    param, grad = inputs(dtype=torch.float64)
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_is_the_loop_over_tensors(backend, device, clip):
+    param, grad = inputs(dtype=torch.float64, device=device)
     expected = param.clone()
     expected_norm = loop(expected, grad, SEGMENTS, LR, MAX_NORM, clip)
     before = grad.clone()
-    norm, skipped = fast_weight_sgd_(param, grad, SEGMENTS, LR, MAX_NORM, clip, backend=backend)
+    args = (SEGMENTS.to(device), LR, MAX_NORM, clip)
+    norm, skipped = fast_weight_sgd_(param, grad, *args, backend=backend)
     torch.testing.assert_close(param, expected, rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(norm, expected_norm, rtol=1e-12, atol=0)
+    torch.testing.assert_close(norm.cpu(), expected_norm, rtol=1e-12, atol=0)
     assert not skipped.any()
     assert torch.equal(grad, before)
 
@@ -57,11 +59,12 @@ def test_is_the_loop_over_tensors(backend, clip):
 @pytest.mark.parametrize("clip", CLIPS)
 @pytest.mark.parametrize("grad_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_matches_truth(dtype, grad_dtype, clip):
-    param, grad = inputs(dtype=dtype, grad_dtype=grad_dtype)
+@pytest.mark.parametrize(("backend", "device"), backends("cpu", "cuda"))
+def test_matches_truth(backend, device, dtype, grad_dtype, clip):
+    param, grad = inputs(dtype=dtype, grad_dtype=grad_dtype, device=device)
     actual, expected, truth = param.clone(), param.clone(), param.double()
-    args = (SEGMENTS, LR, MAX_NORM, clip)
-    norm, skipped = fast_weight_sgd_(actual, grad, *args, backend="cpu")
+    args = (SEGMENTS.to(device), LR, MAX_NORM, clip)
+    norm, skipped = fast_weight_sgd_(actual, grad, *args, backend=backend)
     expected_norm, expected_skipped = fast_weight_sgd_(expected, grad, *args, backend="reference")
     true_norm, _ = fast_weight_sgd_(truth, grad.double(), *args, backend="reference")
     assert torch.equal(skipped, expected_skipped)
@@ -78,15 +81,15 @@ def test_matches_truth(dtype, grad_dtype, clip):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("clip", CLIPS)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_non_finite_row_is_left_bit_for_bit(backend, clip, bad):
-    param, grad = inputs(4)
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_non_finite_row_is_left_bit_for_bit(backend, device, clip, bad):
+    param, grad = inputs(4, device=device)
     grad[1, 6] = bad
-    loss = torch.tensor([0.5, 1.0, bad, 2.0])
+    loss = torch.tensor([0.5, 1.0, bad, 2.0], device=device)
     param[1, 3] = math.nan  # kept as it is, payload and all
     param[2, 4] = -0.0
     before = param.clone()
-    args = (SEGMENTS, LR, MAX_NORM, clip)
+    args = (SEGMENTS.to(device), LR, MAX_NORM, clip)
     norm, skipped = fast_weight_sgd_(param, grad, *args, loss, backend=backend)
     assert skipped.tolist() == [False, True, True, False]
     assert torch.equal(param[1:3].view(torch.int32), before[1:3].view(torch.int32))
@@ -98,46 +101,61 @@ def test_non_finite_row_is_left_bit_for_bit(backend, clip, bad):
     assert torch.equal(param[[0, 3]], alone)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_squares_neither_overflow_nor_underflow(backend):
-    segments = torch.tensor([0, 4, 8])
-    grad = torch.cat((torch.full((1, 4), 1e30), torch.full((1, 4), 1e-30)), 1)
-    param = torch.zeros(1, 8)
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_squares_neither_overflow_nor_underflow(backend, device):
+    segments = torch.tensor([0, 4, 8], device=device)
+    grad = torch.tensor([[1e30] * 4 + [1e-30] * 4], device=device)
+    param = torch.zeros(1, 8, device=device)
     # The factor of the first segment, 5e-66, is no float32 either.
     norm, skipped = fast_weight_sgd_(param, grad, segments, 1.0, 1e-35, backend=backend)
-    torch.testing.assert_close(norm, torch.tensor([[2e30, 2e-30]]))
+    torch.testing.assert_close(norm.cpu(), torch.tensor([[2e30, 2e-30]]))
     assert not skipped.any()
-    torch.testing.assert_close(param, torch.full((1, 8), -0.5e-35), atol=0, rtol=1e-5)
+    torch.testing.assert_close(param, torch.full_like(param, -0.5e-35), atol=0, rtol=1e-5)
 
 
 @pytest.mark.parametrize("clip", CLIPS)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_zero_gradient_changes_nothing(backend, clip):
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_norm_that_is_no_float32_skips_the_row(backend, device, clip):
+    """A segment's norm, not the row's: the second row has the larger one."""
+    segments = torch.tensor([0, 4, 8, 12], device=device)
+    largest = torch.finfo(torch.float32).max
+    grad = torch.zeros(2, 12, device=device)
+    grad[0, 4:6] = 0.8 * largest
+    grad[1, ::4] = 0.9 * largest
+    param = torch.ones_like(grad)
+    norm, skipped = fast_weight_sgd_(param, grad, segments, LR, MAX_NORM, clip, backend=backend)
+    assert skipped.tolist() == [True, False]
+    assert norm.isfinite().tolist() == [[True, False, True], [True, True, True]]
+    assert (param[0] == 1).all()
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_zero_gradient_changes_nothing(backend, device, clip):
     """The first step's dA is exactly zero."""
-    param, grad = inputs()
+    param, grad = inputs(device=device)
     before = param.clone()
-    norm, skipped = fast_weight_sgd_(
-        param, torch.zeros_like(grad), SEGMENTS, LR, MAX_NORM, clip, backend=backend
-    )
+    args = (SEGMENTS.to(device), LR, MAX_NORM, clip)
+    norm, skipped = fast_weight_sgd_(param, torch.zeros_like(grad), *args, backend=backend)
     assert torch.equal(param, before)
     assert not norm.any()
     assert not skipped.any()
 
 
 @pytest.mark.parametrize("clip", CLIPS)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_infinite_max_norm_does_not_clip(backend, clip):
-    param, grad = inputs()
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_infinite_max_norm_does_not_clip(backend, device, clip):
+    param, grad = inputs(device=device)
     expected = param - LR * grad
-    fast_weight_sgd_(param, grad, SEGMENTS, LR, math.inf, clip, backend=backend)
+    fast_weight_sgd_(param, grad, SEGMENTS.to(device), LR, math.inf, clip, backend=backend)
     torch.testing.assert_close(param, expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
 @pytest.mark.parametrize(("sets", "segments"), [(0, [0, 3]), (2, [0]), (2, [0, 0, 0]), (1, [0, 1])])
-def test_small_shapes(backend, sets, segments):
-    segments = torch.tensor(segments)
-    param, grad = inputs(sets, segments)
+def test_small_shapes(backend, device, sets, segments):
+    segments = torch.tensor(segments, device=device)
+    param, grad = inputs(sets, segments, device=device)
     expected = param - LR * grad
     norm, skipped = fast_weight_sgd_(param, grad, segments, LR, 1e9, backend=backend)
     torch.testing.assert_close(param, expected)
@@ -145,13 +163,13 @@ def test_small_shapes(backend, sets, segments):
     assert skipped.tolist() == [False] * sets
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_strides(backend):
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_strides(backend, device):
     """Rows of a wider buffer, columns apart; expanded and transposed gradients; sliced tables."""
-    segments = torch.tensor([0, 9, 3, 9, 7, 9])[::2]
-    wide = torch.randn(3, 20)
-    grads = (torch.randn(7, 3).T, torch.randn(7).expand(3, 7), torch.randn(3, 14)[:, ::2])
-    for param in (wide[:, 5:12], wide[:, 3:17:2], torch.randn(7, 3).T):
+    segments = torch.tensor([0, 9, 3, 9, 7, 9], device=device)[::2]
+    wide, tall, broad = (torch.randn(n, m, device=device) for n, m in ((3, 20), (7, 3), (3, 14)))
+    grads = (tall.T, torch.randn(7, device=device).expand(3, 7), broad[:, ::2])
+    for param in (wide[:, 5:12], wide[:, 3:17:2], torch.randn(7, 3, device=device).T):
         for grad in grads:
             base, expected = param._base, param.clone(memory_format=torch.contiguous_format)
             loop(expected, grad, segments, LR, MAX_NORM, "tensor")
@@ -161,12 +179,32 @@ def test_strides(backend):
             torch.testing.assert_close(base.sum() - param.sum(), outside)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_leaf_that_requires_grad(backend):
-    param, grad = inputs()
+@pytest.mark.parametrize("cast_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_cast_follows_param(backend, device, dtype, cast_dtype):
+    if dtype == cast_dtype:
+        return
+    param, grad = inputs(dtype=dtype, device=device)
+    loss = torch.tensor([1.0, math.inf, 2.0], device=device)
+    plain = param.clone()
+    # Rows and columns apart; a skipped row keeps what is there.
+    cast = torch.full((3, 2 * param.shape[1]), 7.0, dtype=cast_dtype, device=device)[:, ::2]
+    for view in (cast, cast.clone(memory_format=torch.contiguous_format)):
+        args = (grad, SEGMENTS.to(device), LR, MAX_NORM, "tensor", loss)
+        fast_weight_sgd_(plain, *args, backend=backend)
+        fast_weight_sgd_(param, *args, cast=view, backend=backend)
+        assert torch.equal(param, plain)
+        assert torch.equal(view[[0, 2]], param[[0, 2]].to(cast_dtype))
+        assert (view[1] == 7).all()
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_a_leaf_that_requires_grad(backend, device):
+    param, grad = inputs(device=device)
     param.requires_grad_()
     kept = param.square().sum()
-    fast_weight_sgd_(param, grad, SEGMENTS, LR, MAX_NORM, backend=backend)
+    fast_weight_sgd_(param, grad, SEGMENTS.to(device), LR, MAX_NORM, backend=backend)
     assert param.is_leaf
     assert param.requires_grad
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -215,29 +253,37 @@ def test_reference_derivative_at_zero_gradient(clip):
     torch.testing.assert_close(slope, torch.full((1, 4), -LR))
 
 
-@pytest.mark.parametrize("loss", [None, torch.tensor([1.0, math.nan, 2.0])])
-def test_opcheck(loss):
-    param, grad = inputs(dtype=torch.bfloat16, grad_dtype=torch.float32)
-    args = (param, grad, SEGMENTS, LR, MAX_NORM, "tensor", loss, "cpu")
+@pytest.mark.parametrize("optional", [False, True])
+@pytest.mark.parametrize(("backend", "device"), backends("cpu", "cuda"))
+def test_opcheck(backend, device, optional):
+    param, grad = inputs(dtype=torch.bfloat16, grad_dtype=torch.float32, device=device)
+    loss = torch.tensor([1.0, math.nan, 2.0], device=device) if optional else None
+    cast = param.float() if optional else None
+    args = (param, grad, SEGMENTS.to(device), LR, MAX_NORM, "tensor", loss, cast, backend)
     opcheck(torch.ops.memdlm.fast_weight_sgd_.default, args)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_compiles_whole(backend):
-    def step(param, grad, loss):
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_compiles_whole(backend, device):
+    segments = SEGMENTS.to(device)
+
+    def step(param, grad, loss, cast):
         norm, skipped = fast_weight_sgd_(
-            param, grad, SEGMENTS, LR, MAX_NORM, loss=loss, backend=backend
+            param, grad, segments, LR, MAX_NORM, loss=loss, cast=cast, backend=backend
         )
-        return norm, skipped, param.sum()
+        return norm, skipped, param.sum(), cast.sum()
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    loss = torch.tensor([1.0, math.nan, 2.0])
+    loss = torch.tensor([1.0, math.nan, 2.0], device=device)
     for requires_grad in (False, True):
-        param, grad = inputs()
-        eager = param.clone().requires_grad_(requires_grad)
-        param.requires_grad_(requires_grad)
-        torch.testing.assert_close(compiled(param, grad, loss), step(eager, grad, loss))
+        param, grad = inputs(device=device)
+        eager, cast = param.clone(), param.bfloat16()
+        eager_cast = cast.clone()
+        expected = step(eager.requires_grad_(requires_grad), grad, loss, eager_cast)
+        actual = compiled(param.requires_grad_(requires_grad), grad, loss, cast)
+        torch.testing.assert_close(actual, expected)
         torch.testing.assert_close(param, eager)
+        assert torch.equal(cast, eager_cast)
 
 
 BAD = {
@@ -249,12 +295,18 @@ BAD = {
     "segments must be on cpu": dict(segments=torch.zeros(2, dtype=torch.int64, device="meta")),
     "segments must start at 0 and end at T = 9, got 0 and 8": dict(segments=torch.tensor([0, 8])),
     "segments must ascend": dict(segments=torch.tensor([0, 5, 3, 9])),
+    "cast must be [2, 9], like param, of another dtype": dict(cast=torch.zeros(2, 9)),
+    "cast must be a floating-point tensor [S, T]": dict(cast=torch.zeros(2, 9).int()),
+    "cast must be on param's device": dict(
+        cast=torch.zeros(2, 9, dtype=torch.float16, device="meta")
+    ),
     "lr must be finite": dict(lr=math.nan),
     "max_norm must be above 0": dict(max_norm=0.0),
     "clip must be 'tensor', 'global' or 'none'": dict(clip="layer"),
     "loss must be floating-point [S] = [2]": dict(loss=torch.tensor(1.0)),
     "loss must be on param's device": dict(loss=torch.zeros(2, device="meta")),
-    "backend must be None or one of": dict(backend="triton"),
+    "backend must be None or one of 'cpu', 'cuda', 'reference'": dict(backend="triton"),
+    "cuda: the tensors are on cpu": dict(backend="cuda"),
 }
 
 
