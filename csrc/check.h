@@ -19,6 +19,16 @@ inline void check_tensor(const torch::stable::Tensor& tensor, const char* name,
                   tensor.numel());
 }
 
+// The same on a GPU.
+inline void check_cuda_tensor(const torch::stable::Tensor& tensor, const char* name,
+                              torch::headeronly::ScalarType dtype, int64_t numel) {
+  STD_TORCH_CHECK(tensor.is_cuda() && tensor.is_contiguous() && tensor.scalar_type() == dtype &&
+                      tensor.numel() == numel,
+                  name, " must be contiguous on a GPU with ", numel, " elements of scalar type ",
+                  static_cast<int>(dtype), ", got ", tensor.numel(), " of ",
+                  static_cast<int>(tensor.scalar_type()));
+}
+
 // A matrix on the CPU whose rows are contiguous and may lie apart.
 inline void check_rows(const torch::stable::Tensor& matrix, const char* name,
                        torch::headeronly::ScalarType dtype) {
