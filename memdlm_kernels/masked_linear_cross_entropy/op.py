@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from memdlm_kernels._backends import CPU, REFERENCE, choose
+from memdlm_kernels._backends import CPU, REFERENCE, TRITON, Backend, choose
 from memdlm_kernels._reduction import check_reduction, check_targets, is_eager_cpu, reduce_nll
 from memdlm_kernels.masked_linear_cross_entropy import cpu, reference
 
@@ -87,8 +88,9 @@ def masked_linear_cross_entropy(
         normalizer: positive; what "mean" divides by, in place of the number of rows that are not
             ignored (at least 1).
         return_lse: also return the rows' log-sum-exp.
-        chunk_bytes: bytes of logits that one thread may hold at a time; None fits the cache.
-        backend: "cpu" or "reference"; None takes the first that fits.
+        chunk_bytes: bytes of logits that one thread of a CPU, or a GPU, may hold at a time; None
+            fits the cache. On a GPU at least 1,024 rows are held, of as many words as then fit.
+        backend: "cpu", "triton" (not float64) or "reference"; None takes the first that fits.
 
     Returns:
         The loss: [M], or a scalar where it is reduced; float64 for float64 inputs, else float32;
@@ -109,7 +111,8 @@ def masked_linear_cross_entropy(
         bias = None if bias is None else bias.to(dtype)
     _check(hidden, weight, target, bias, ignore_index, softcap, index, chunk_bytes)
     check_reduction(target, token_weight, reduction, normalizer)
-    backend = choose("masked_linear_cross_entropy", _ORDER, backend, hidden.device)
+    facts = (hidden.device, hidden.dtype)
+    backend = choose("masked_linear_cross_entropy", _ORDER, backend, *facts)
     with torch.autocast(hidden.device.type, enabled=False):
         if backend == "reference":
             nll, lse = reference.masked_linear_cross_entropy(
@@ -184,10 +187,24 @@ def _check(
             cpu.check_index(index, hidden.shape[0])
 
 
-_ORDER = (CPU, REFERENCE)
-_FORWARD = {"cpu": cpu.masked_linear_cross_entropy}
-_BACKWARD = {"cpu": cpu.masked_linear_cross_entropy_backward}
-_STASH_BACKWARD = {"cpu": cpu.masked_linear_cross_entropy_stash_backward}
+def _triton_unfit(device: torch.device, dtype: torch.dtype) -> str | None:
+    return "the tensors are float64" if dtype == torch.float64 else TRITON.unfit(device)
+
+
+_ORDER = (
+    Backend(CPU.name, lambda device, _: CPU.unfit(device)),
+    Backend(TRITON.name, _triton_unfit),
+    Backend(REFERENCE.name, lambda device, _: REFERENCE.unfit(device)),
+)
+
+
+def _implementation(backend: str) -> ModuleType:
+    if backend == "cpu":
+        return cpu
+    # Only here: Triton need not be installed.
+    from memdlm_kernels.masked_linear_cross_entropy import triton
+
+    return triton
 
 
 @torch.library.custom_op("memdlm::masked_linear_cross_entropy", mutates_args=())
@@ -204,7 +221,7 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(nll [M], lse [M], stash [M, D] = d nll_i / d h_i: empty where not needed)."""
-    return _FORWARD[backend](
+    return _implementation(backend).masked_linear_cross_entropy(
         hidden, weight, target, bias, index, ignore_index, softcap, chunk_bytes, need_stash
     )
 
@@ -245,7 +262,10 @@ def _stash_backward(
     backend: str,
 ) -> Tensor:
     """grad_hidden [rows, D] of a frozen head."""
-    return _STASH_BACKWARD[backend](grad_nll, stash, index, rows, dtype)
+    implementation = _implementation(backend)
+    return implementation.masked_linear_cross_entropy_stash_backward(
+        grad_nll, stash, index, rows, dtype
+    )
 
 
 @_stash_backward.register_fake
@@ -279,7 +299,7 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(grad_hidden, grad_weight, grad_bias); what is not needed is an empty tensor."""
-    return _BACKWARD[backend](
+    return _implementation(backend).masked_linear_cross_entropy_backward(
         grad_nll,
         hidden,
         weight,

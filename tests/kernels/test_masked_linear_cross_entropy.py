@@ -7,10 +7,34 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import memdlm_kernels.flops  # noqa: F401 - registers the formulas
 from memdlm_kernels import masked_linear_cross_entropy
+from tests.kernels.devices import backends
 from tests.kernels.truth import assert_as_accurate
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 IGNORED = -100
+
+BACKENDS = pytest.mark.parametrize(("backend", "device"), backends("cpu", "triton"))
+TRAINABLE = pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
+
+
+def with_dtypes(*dtypes):
+    """Parameters (backend, device, dtype): every one that the backend has."""
+    return pytest.mark.parametrize(
+        ("backend", "device", "dtype"),
+        [
+            pytest.param(*backend.values, dtype, id=f"{backend.id}-{dtype}", marks=backend.marks)
+            for backend in backends("cpu", "triton")
+            for dtype in dtypes
+            if (backend.id, dtype) != ("triton", torch.float64)
+        ],
+    )
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Triton's tiles of at most 16 rows, and with chunk_bytes=1 of 128 words."""
+    triton = pytest.importorskip("memdlm_kernels.masked_linear_cross_entropy.triton")
+    monkeypatch.setattr(triton, "_FEWEST_ROWS", 8)
 
 
 def make_inputs(rows, depth, vocabulary, dtype, *, keep=0.6, bias=False, seed=0):
@@ -25,17 +49,20 @@ def make_inputs(rows, depth, vocabulary, dtype, *, keep=0.6, bias=False, seed=0)
     return inputs
 
 
-def loss_and_gradients(inputs, *, backend, trainable=False, grad=None, to=None, **options):
+def loss_and_gradients(
+    inputs, *, backend, device="cpu", trainable=False, grad=None, to=None, **options
+):
     """{"nll", "lse", "grad_*"}; grad is the gradient of the rows' losses, 1 for each if None."""
     given = {}
     for name, value in inputs.items():
         needs_grad = name == "hidden" or (trainable and name in ("weight", "bias"))
         if value.is_floating_point():
             value = value.detach().to(to or value.dtype)
+        value = value.to(device)
         given[name] = value.requires_grad_(True) if needs_grad else value
     nll, lse = masked_linear_cross_entropy(**given, return_lse=True, backend=backend, **options)
     assert not lse.requires_grad
-    grad = torch.ones_like(nll) if grad is None else grad.to(nll.dtype)
+    grad = torch.ones_like(nll) if grad is None else grad.to(nll)
     leaves = {name: value for name, value in given.items() if value.requires_grad}
     gradients = torch.autograd.grad(nll, list(leaves.values()), grad)
     results = {"nll": nll.detach(), "lse": lse}
@@ -43,8 +70,8 @@ def loss_and_gradients(inputs, *, backend, trainable=False, grad=None, to=None, 
     return results
 
 
-def assert_cpu_is_accurate(inputs, **options):
-    actual = loss_and_gradients(inputs, backend="cpu", **options)
+def assert_accurate(inputs, backend, device, **options):
+    actual = loss_and_gradients(inputs, backend=backend, device=device, **options)
     truth = loss_and_gradients(inputs, backend="reference", to=torch.float64, **options)
     reference = loss_and_gradients(inputs, backend="reference", **options)
     assert actual.keys() == truth.keys()
@@ -94,29 +121,90 @@ def test_reference_is_cross_entropy(reduction):
     torch.testing.assert_close(actual, expected)
 
 
-# --- The CPU backend -----------------------------------------------------------------------------
+# --- The backends --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
+@with_dtypes(*DTYPES)
+@TRAINABLE
 @pytest.mark.parametrize(
-    ("rows", "depth", "vocabulary"),
-    [(1, 1, 1), (7, 5, 11), (50, 33, 301), (70, 130, 1000), (600, 20, 50)],
+    ("rows", "depth", "vocabulary"), [(1, 1, 1), (7, 5, 11), (50, 33, 301), (20, 130, 1000)]
 )
-def test_sizes(dtype, trainable, rows, depth, vocabulary):
+def test_sizes(backend, device, dtype, trainable, rows, depth, vocabulary):
     inputs = make_inputs(rows, depth, vocabulary, dtype)
-    assert_cpu_is_accurate(inputs, trainable=trainable, grad=torch.rand(rows))
+    assert_accurate(inputs, backend, device, trainable=trainable, grad=torch.rand(rows))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
+@TRAINABLE
+@pytest.mark.parametrize(("rows", "depth", "vocabulary"), [(70, 130, 1000), (600, 20, 50)])
+def test_more_rows_than_a_block_of_the_cpu(dtype, trainable, rows, depth, vocabulary):
+    inputs = make_inputs(rows, depth, vocabulary, dtype)
+    assert_accurate(inputs, "cpu", "cpu", trainable=trainable, grad=torch.rand(rows))
+
+
+@with_dtypes(*DTYPES)
+@TRAINABLE
 @pytest.mark.parametrize("softcap", [None, 4.0])
-def test_bias_softcap_and_small_chunks(dtype, trainable, softcap):
-    inputs = make_inputs(60, 40, 333, dtype, bias=True)
-    for chunk_bytes in (1, 10_000, None):
-        assert_cpu_is_accurate(
-            inputs, trainable=trainable, softcap=softcap, chunk_bytes=chunk_bytes
+def test_bias_softcap_and_small_chunks(small_tiles, backend, device, dtype, trainable, softcap):
+    inputs = make_inputs(30, 40, 333, dtype, bias=True)
+    for chunk_bytes in (1, 20_000, None):
+        assert_accurate(
+            inputs, backend, device, trainable=trainable, softcap=softcap, chunk_bytes=chunk_bytes
         )
+
+
+@pytest.mark.parametrize(("backend", "device"), backends("triton"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@TRAINABLE
+def test_tile_wider_than_a_block(monkeypatch, small_tiles, backend, device, dtype, trainable):
+    triton = pytest.importorskip("memdlm_kernels.masked_linear_cross_entropy.triton")
+    monkeypatch.setattr(triton, "_WIDEST_BLOCK", 32)
+    inputs = make_inputs(20, 16, 333, dtype)
+    for chunk_bytes in (1, None):
+        assert_accurate(inputs, backend, device, trainable=trainable, chunk_bytes=chunk_bytes)
+
+
+@pytest.mark.parametrize(("backend", "device"), backends("triton"))
+@TRAINABLE
+def test_small_gradients_survive_float16(backend, device, trainable):
+    """p and its product with the row's gradient are below the least number of float16."""
+    inputs = make_inputs(6, 16, 20_000, torch.float16, keep=1.0)
+    inputs["weight"] *= 0.01
+    grad = torch.full((6,), 1e-4)
+    assert_accurate(inputs, backend, device, trainable=trainable, grad=grad)
+
+
+@pytest.mark.parametrize(
+    ("rows", "vocabulary", "chunk_bytes", "tile"),
+    [
+        (1, 1, None, (1, 128)),
+        (1024, 157_184, None, (1024, 7936)),
+        (2048, 157_184, None, (2048, 4096)),
+        (8192, 157_184, None, (2048, 4096)),
+        (3000, 157_184, None, (1500, 5504)),
+        (100_000, 157_184, 1, (2041, 128)),  # never fewer rows because there are more of them
+        (4096, 157_184, 2**31, (2048, 157_184)),
+        (300, 157_184, 2**28, (300, 157_184)),
+    ],
+)
+def test_tile_size(rows, vocabulary, chunk_bytes, tile):
+    triton = pytest.importorskip("memdlm_kernels.masked_linear_cross_entropy.triton")
+    assert triton.tile_size(rows, vocabulary, chunk_bytes) == tile
+
+
+@pytest.mark.parametrize(("backend", "device"), backends("triton"))
+def test_offsets_past_two_gibi_elements(backend, device):
+    """Rows of hidden and of weight that lie 1 Gi elements apart: memory is taken when touched."""
+    if device != "cpu":
+        pytest.skip("a GPU takes the memory at once")
+    inputs = make_inputs(4, 8, 4, torch.bfloat16, keep=1.0)
+    inputs["index"] = torch.tensor([3, 0, 1, 3])
+    expected = loss_and_gradients(inputs, backend=backend)
+    far = torch.empty(3 * 2**30 + 8, dtype=torch.bfloat16).as_strided((4, 8), (2**30, 1))
+    for name in ("hidden", "weight"):
+        actual = loss_and_gradients(inputs | {name: far.copy_(inputs[name])}, backend=backend)
+        for result, value in expected.items():
+            assert torch.equal(actual[result], value), result
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
@@ -124,60 +212,67 @@ def test_bias_softcap_and_small_chunks(dtype, trainable, softcap):
 def test_instruction_sets(monkeypatch, capability, dtype):
     """The fallbacks for CPUs without bfloat16, AVX-512 or AVX2."""
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", capability)
-    assert_cpu_is_accurate(make_inputs(60, 40, 333, dtype, bias=True), trainable=True, softcap=9.0)
-    assert_cpu_is_accurate(make_inputs(60, 40, 333, dtype, bias=True))
+    inputs = make_inputs(60, 40, 333, dtype, bias=True)
+    assert_accurate(inputs, "cpu", "cpu", trainable=True, softcap=9.0)
+    assert_accurate(inputs, "cpu", "cpu")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
+@with_dtypes(*DTYPES)
+@TRAINABLE
 @pytest.mark.parametrize("keep", [0.0, 1.0], ids=["no row", "every row"])
-def test_masks(dtype, trainable, keep):
+def test_masks(backend, device, dtype, trainable, keep):
     inputs = make_inputs(30, 16, 64, dtype, keep=keep, bias=True)
-    actual = assert_cpu_is_accurate(inputs, trainable=trainable)
+    actual = assert_accurate(inputs, backend, device, trainable=trainable)
     if keep == 0:
         assert all(not value.any() for value in actual.values())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
-def test_no_rows_at_all(dtype, trainable):
+@with_dtypes(*DTYPES)
+@TRAINABLE
+def test_no_rows_at_all(backend, device, dtype, trainable):
     inputs = make_inputs(0, 16, 64, dtype)
-    actual = assert_cpu_is_accurate(inputs, trainable=trainable)
+    actual = assert_accurate(inputs, backend, device, trainable=trainable)
     assert actual["grad_hidden"].shape == (0, 16)
+    inputs = {name: value.to(device) for name, value in inputs.items()}
     inputs["hidden"].requires_grad_()
-    loss = masked_linear_cross_entropy(**inputs, reduction="mean", backend="cpu")
+    loss = masked_linear_cross_entropy(**inputs, reduction="mean", backend=backend)
     loss.backward()  # connected to the graph
     assert loss.item() == 0
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
-def test_index_with_duplicates(dtype, trainable):
+@with_dtypes(*DTYPES)
+@TRAINABLE
+def test_index_with_duplicates(small_tiles, backend, device, dtype, trainable):
     inputs = make_inputs(40, 24, 100, dtype)
     inputs["index"] = torch.randint(5, 12, (40,), generator=torch.Generator().manual_seed(1))
-    actual = assert_cpu_is_accurate(inputs, trainable=trainable, grad=torch.rand(40))
+    actual = assert_accurate(inputs, backend, device, trainable=trainable, grad=torch.rand(40))
     assert not actual["grad_hidden"][:5].any()
     assert not actual["grad_hidden"][12:].any()
 
 
-@pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
-def test_ignored_rows_are_not_read(trainable):
+@pytest.mark.parametrize(("backend", "device"), backends("cpu", "triton", "reference"))
+@TRAINABLE
+@pytest.mark.parametrize("index", [False, True])
+def test_ignored_rows_are_not_read(backend, device, trainable, index):
     inputs = make_inputs(20, 16, 64, torch.float32)
-    clean = loss_and_gradients(inputs, backend="cpu", trainable=trainable)
-    inputs["hidden"][inputs["target"] == IGNORED] = float("nan")
-    for backend in ("cpu", "reference"):
-        dirty = loss_and_gradients(inputs, backend=backend, trainable=trainable)
-        for name, value in clean.items():
-            torch.testing.assert_close(dirty[name], value)
+    if index:
+        inputs["index"] = torch.arange(20).flip(0)
+    options = {"backend": backend, "device": device, "trainable": trainable}
+    clean = loss_and_gradients(inputs, **options)
+    ignored = inputs["target"] == IGNORED
+    inputs["hidden"][ignored.flip(0) if index else ignored] = float("nan")
+    dirty = loss_and_gradients(inputs, **options)
+    for name, value in clean.items():
+        torch.testing.assert_close(dirty[name], value)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_not_finite_shows_and_stays_in_its_row(bad, dtype):
+@with_dtypes(torch.float32, torch.bfloat16)
+def test_what_is_not_finite_shows_and_stays_in_its_row(bad, backend, device, dtype):
     inputs = make_inputs(20, 16, 64, dtype, keep=1.0)
-    clean = loss_and_gradients(inputs, backend="cpu")
+    clean = loss_and_gradients(inputs, backend=backend, device=device)
     inputs["hidden"][3, 5] = bad
-    dirty = loss_and_gradients(inputs, backend="cpu")
+    dirty = loss_and_gradients(inputs, backend=backend, device=device)
     assert not dirty["nll"][3].isfinite()
     assert not dirty["grad_hidden"][3].isfinite().any()
     others = torch.arange(20) != 3
@@ -185,55 +280,67 @@ def test_what_is_not_finite_shows_and_stays_in_its_row(bad, dtype):
         assert torch.equal(dirty[name][others], clean[name][others])
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_forbidden_words(dtype):
+@with_dtypes(torch.float64, torch.float32, torch.bfloat16)
+def test_forbidden_words(backend, device, dtype):
     """A bias of -inf takes a word out of the softmax."""
     inputs = make_inputs(20, 16, 200, dtype, bias=True)
     forbidden = torch.ones(200, dtype=torch.bool)
     forbidden[inputs["target"].clamp(min=0)] = False
     inputs["bias"][forbidden] = -float("inf")
-    actual = assert_cpu_is_accurate(inputs)
+    actual = assert_accurate(inputs, backend, device, chunk_bytes=1)
     assert actual["nll"].isfinite().all()
 
 
-def test_inputs_that_are_not_contiguous():
+@BACKENDS
+def test_inputs_that_are_not_contiguous(backend, device):
     inputs = make_inputs(30, 16, 64, torch.float32, bias=True)
-    expected = loss_and_gradients(inputs, backend="cpu", trainable=True)
+    inputs = {name: value.to(device) for name, value in inputs.items()}
+    options = {"backend": backend, "device": device, "trainable": True}
+    expected = loss_and_gradients(inputs, **options)
     strided = {name: value.repeat_interleave(2, 0)[::2] for name, value in inputs.items()}
     strided["hidden"] = inputs["hidden"].mT.contiguous().mT
     strided["weight"] = inputs["weight"].repeat(1, 2)[:, :16]
-    actual = loss_and_gradients(strided, backend="cpu", trainable=True)
+    actual = loss_and_gradients(strided, **options)
     for name, value in expected.items():
         assert torch.equal(actual[name], value), name
 
 
-@pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
-def test_stride_0_gradient(trainable):
+@BACKENDS
+@TRAINABLE
+@pytest.mark.parametrize("index", [False, True])
+def test_stride_0_gradient(backend, device, trainable, index):
     inputs = make_inputs(30, 16, 64, torch.float32)
-    grad = torch.tensor(0.5).expand(30)
-    expected = loss_and_gradients(inputs, backend="cpu", trainable=trainable, grad=grad.clone())
-    actual = loss_and_gradients(inputs, backend="cpu", trainable=trainable, grad=grad)
+    if index:
+        inputs["index"] = torch.arange(30).flip(0)
+    grad = torch.tensor(0.5, device=device).expand(30)
+    options = {"backend": backend, "device": device, "trainable": trainable}
+    expected = loss_and_gradients(inputs, **options, grad=grad.clone())
+    actual = loss_and_gradients(inputs, **options, grad=grad)
     for name, value in expected.items():
         assert torch.equal(actual[name], value), name
 
 
-@pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
-def test_two_backwards(trainable):
+@BACKENDS
+@TRAINABLE
+def test_two_backwards(backend, device, trainable):
     inputs = make_inputs(30, 16, 64, torch.bfloat16)
+    inputs = {name: value.to(device) for name, value in inputs.items()}
     hidden = inputs["hidden"].requires_grad_()
     inputs["weight"].requires_grad_(trainable)
-    loss = masked_linear_cross_entropy(**inputs, reduction="mean", backend="cpu")
+    loss = masked_linear_cross_entropy(**inputs, reduction="mean", backend=backend)
     (first,) = torch.autograd.grad(loss, hidden, retain_graph=True)
     (second,) = torch.autograd.grad(loss, hidden)
     assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
-def test_second_derivative_is_refused(trainable):
+@BACKENDS
+@TRAINABLE
+def test_second_derivative_is_refused(backend, device, trainable):
     inputs = make_inputs(30, 16, 64, torch.float32)
+    inputs = {name: value.to(device) for name, value in inputs.items()}
     hidden = inputs["hidden"].requires_grad_()
     inputs["weight"].requires_grad_(trainable)
-    loss = masked_linear_cross_entropy(**inputs, reduction="mean", backend="cpu")
+    loss = masked_linear_cross_entropy(**inputs, reduction="mean", backend=backend)
     (grad,) = torch.autograd.grad(loss, hidden, create_graph=True)
     with pytest.raises(RuntimeError):
         torch.autograd.grad(grad.square().sum(), hidden)
@@ -250,33 +357,39 @@ def confident_inputs(dtype, margin):
     return {"hidden": (hidden + noise).to(dtype), "weight": weight, "target": target}
 
 
-@pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
+@BACKENDS
+@TRAINABLE
 @pytest.mark.parametrize("margin", [18.0, 24.0])
 @pytest.mark.parametrize(
     ("dtype", "bar"), [(torch.bfloat16, 2e-3), (torch.float32, 1e-5)], ids=["bfloat16", "float32"]
 )
-def test_confident_tokens(dtype, bar, margin, trainable):
+def test_confident_tokens(backend, device, dtype, bar, margin, trainable):
     inputs = confident_inputs(dtype, margin)
     truth = loss_and_gradients(inputs, backend="reference", to=torch.float64, trainable=trainable)
     assert torch.exp(-truth["nll"]).min() > 0.997
-    actual = loss_and_gradients(inputs, backend="cpu", trainable=trainable)
+    actual = loss_and_gradients(inputs, backend=backend, device=device, trainable=trainable)
     for name in truth.keys() - {"lse"}:
-        error = (actual[name].double() - truth[name]).norm() / truth[name].norm()
+        error = (actual[name].cpu().double() - truth[name]).norm() / truth[name].norm()
         assert error <= bar, name
 
 
-def test_losses_are_never_negative():
+@BACKENDS
+def test_losses_are_never_negative(backend, device):
     inputs = confident_inputs(torch.bfloat16, 200.0)
-    actual = loss_and_gradients(inputs, backend="cpu")
+    actual = loss_and_gradients(inputs, backend=backend, device=device)
     assert (actual["nll"] >= 0).all()
     assert actual["grad_hidden"].isfinite().all()
 
 
-def test_result_does_not_depend_on_timing():
-    inputs = make_inputs(300, 64, 2000, torch.bfloat16)
-    first = loss_and_gradients(inputs, backend="cpu", trainable=True)
+@BACKENDS
+def test_result_does_not_depend_on_timing(backend, device):
+    rows = 30 if (backend, device) == ("triton", "cpu") else 300
+    inputs = make_inputs(rows, 64, 2000, torch.bfloat16)
+    inputs["index"] = torch.arange(rows) // 3
+    options = {"backend": backend, "device": device, "trainable": True}
+    first = loss_and_gradients(inputs, **options)
     for _ in range(3):
-        again = loss_and_gradients(inputs, backend="cpu", trainable=True)
+        again = loss_and_gradients(inputs, **options)
         for name, value in first.items():
             assert torch.equal(again[name], value), name
 
@@ -284,10 +397,11 @@ def test_result_does_not_depend_on_timing():
 # --- Reduction, registration, errors -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_reductions(backend):
+@pytest.mark.parametrize(("backend", "device"), backends("cpu", "triton", "reference"))
+def test_reductions(backend, device):
     inputs = make_inputs(30, 16, 64, torch.bfloat16)
-    token_weight = torch.rand(30, dtype=torch.bfloat16, requires_grad=True)
+    inputs = {name: value.to(device) for name, value in inputs.items()}
+    token_weight = torch.rand(30, dtype=torch.bfloat16, device=device, requires_grad=True)
     nll = masked_linear_cross_entropy(**inputs, backend=backend)
     assert nll.dtype == torch.float32
     weighted = nll * token_weight.float()
@@ -302,51 +416,59 @@ def test_reductions(backend):
     kept = (inputs["target"] != IGNORED).sum()
     torch.testing.assert_close(loss(reduction="mean"), weighted.sum() / kept)
     torch.testing.assert_close(loss(reduction="mean", normalizer=7.0), weighted.sum() / 7)
-    of_tensor = loss(reduction="mean", normalizer=torch.tensor([7.0]))
+    of_tensor = loss(reduction="mean", normalizer=torch.tensor([7.0], device=device))
     torch.testing.assert_close(of_tensor, weighted.sum() / 7)
     (grad,) = torch.autograd.grad(loss(reduction="sum"), token_weight)
     torch.testing.assert_close(grad, nll.to(torch.bfloat16))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
-def test_opcheck(dtype, trainable):
+@with_dtypes(torch.float32, torch.bfloat16)
+@TRAINABLE
+def test_opcheck(backend, device, dtype, trainable):
     inputs = make_inputs(6, 5, 9, dtype, bias=True)
+    inputs = {name: value.to(device) for name, value in inputs.items()}
     for name in ("hidden", "weight", "bias") if trainable else ("hidden",):
         inputs[name].requires_grad_()
     hidden, weight, target, bias = inputs.values()
-    for index in (None, torch.tensor([0, 0, 5, 2, 1, 3])):
-        arguments = (hidden, weight, target, bias, index, IGNORED, 3.0, None, not trainable, "cpu")
+    for index in (None, torch.tensor([0, 0, 5, 2, 1, 3], device=device)):
+        arguments = (hidden, weight, target, bias, index, IGNORED, 3.0, None, not trainable)
+        arguments += (backend,)
         torch.library.opcheck(torch.ops.memdlm.masked_linear_cross_entropy.default, arguments)
 
 
-def test_opcheck_of_the_backward_ops():
+@BACKENDS
+def test_opcheck_of_the_backward_ops(backend, device):
     inputs = make_inputs(6, 5, 9, torch.bfloat16, bias=True)
+    inputs = {name: value.to(device) for name, value in inputs.items()}
     hidden, weight, target, bias = inputs.values()
     nll, lse, stash = torch.ops.memdlm.masked_linear_cross_entropy(
-        hidden, weight, target, bias, None, IGNORED, None, None, True, "cpu"
+        hidden, weight, target, bias, None, IGNORED, None, None, True, backend
     )
-    grad_nll = torch.rand(6)
+    grad_nll = torch.rand(6, device=device)
     torch.library.opcheck(
         torch.ops.memdlm.masked_linear_cross_entropy_stash_backward.default,
-        (grad_nll, stash, None, 6, torch.bfloat16, "cpu"),
+        (grad_nll, stash, None, 6, torch.bfloat16, backend),
     )
     for needed in ((True, True, True), (False, True, False), (True, False, False)):
         torch.library.opcheck(
             torch.ops.memdlm.masked_linear_cross_entropy_backward.default,
             (grad_nll, hidden, weight, target, bias, None, nll, lse, IGNORED, None, None, *needed)
-            + ("cpu",),
+            + (backend,),
         )
 
 
-@pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
-def test_compile(trainable):
+@BACKENDS
+@TRAINABLE
+def test_compile(backend, device, trainable):
     inputs = make_inputs(6, 5, 9, torch.float32)
+    inputs = {name: value.to(device) for name, value in inputs.items()}
     inputs["hidden"].requires_grad_()
     inputs["weight"].requires_grad_(trainable)
 
     def loss(hidden, weight, target):
-        return masked_linear_cross_entropy(hidden, weight, target, reduction="mean")
+        return masked_linear_cross_entropy(
+            hidden, weight, target, reduction="mean", backend=backend
+        )
 
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
     leaves = [value for value in inputs.values() if value.requires_grad]
@@ -413,7 +535,10 @@ def test_autocast():
         ({"normalizer": 2.0}, "normalizer must be None unless reduction='mean'"),
         ({"reduction": "mean", "normalizer": 0.0}, "normalizer must be positive, got 0.0"),
         ({"reduction": "mean", "normalizer": torch.ones(2)}, "normalizer must have one element"),
-        ({"backend": "cuda"}, "backend must be None or one of 'cpu', 'reference', got 'cuda'"),
+        (
+            {"backend": "cuda"},
+            "backend must be None or one of 'cpu', 'triton', 'reference', got 'cuda'",
+        ),
     ],
 )
 def test_bad_input(change, message):
