@@ -8,6 +8,7 @@ P fast-weight tensors (of grouped_lora_linear: projections), T fast-weight eleme
 from memdlm_kernels._build import build_info
 from memdlm_kernels.fast_weight_reset import fast_weight_reset_
 from memdlm_kernels.fast_weight_sgd import fast_weight_sgd_
+from memdlm_kernels.grouped_linear import grouped_linear
 from memdlm_kernels.grouped_lora_linear import grouped_lora_linear
 from memdlm_kernels.lora_linear import lora_linear
 from memdlm_kernels.masked_cross_entropy import masked_cross_entropy
@@ -17,6 +18,7 @@ __all__ = [
     "build_info",
     "fast_weight_reset_",
     "fast_weight_sgd_",
+    "grouped_linear",
     "grouped_lora_linear",
     "lora_linear",
     "masked_cross_entropy",

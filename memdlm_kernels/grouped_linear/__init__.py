@@ -1,0 +1,3 @@
+from memdlm_kernels.grouped_linear.op import grouped_linear
+
+__all__ = ["grouped_linear"]
