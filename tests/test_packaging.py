@@ -1,7 +1,9 @@
 """What is built and shipped: the stable-ABI gate, the wheel, the imports, the pins."""
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -18,6 +20,7 @@ from memdlm_kernels import _build_info
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = Path(_build_info.__file__).with_name("libmemdlm_C.so")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+CUDA = shutil.which("nvcc") is not None
 PACKAGES = {"memdlm_kernels": ROOT / "memdlm_kernels", "memdlm": ROOT / "python/memdlm"}
 
 
@@ -43,7 +46,11 @@ def release(version: str) -> tuple[int, int]:
 
 
 def test_library_loads_in_the_oldest_torch() -> None:
-    report = inspect_extension(LIBRARY)
+    check_abi(LIBRARY)
+
+
+def check_abi(library: Path) -> None:
+    report = inspect_extension(library)
     assert report.error is None
     assert report.torch.unstable_symbols == ()
     assert report.torch.unknown_shim_symbols == ()
@@ -70,12 +77,20 @@ def test_import_is_lean() -> None:
 
 @pytest.mark.slow
 def test_wheel_from_sdist(tmp_path: Path) -> None:
-    """Built as a user builds it, installed where nothing but torch is, and used."""
+    """Built as a user builds it, installed where nothing but torch is, and used.
+
+    With the CUDA ops where there is nvcc, a GPU or not, and whatever the torch.
+    """
     build_sdist = f"import build_backend; build_backend.build_sdist({str(tmp_path)!r})"
     succeed(sys.executable, "-c", build_sdist, PYTHONPATH=str(ROOT / "tools"))
     (sdist,) = tmp_path.glob("*.tar.gz")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    succeed(*pip, "wheel", "--no-build-isolation", "--no-deps", "-w", tmp_path, sdist)
+    choice = {
+        "MEMDLM_CUDA": "ON" if CUDA else "OFF",
+        "CUDAARCHS": "",
+        "TORCH_CUDA_ARCH_LIST": "9.0",
+    }
+    succeed(*pip, "wheel", "--no-build-isolation", "--no-deps", "-w", tmp_path, sdist, **choice)
     (wheel,) = tmp_path.glob("*.whl")
 
     with zipfile.ZipFile(wheel) as archive:
@@ -107,6 +122,35 @@ def test_wheel_from_sdist(tmp_path: Path) -> None:
     assert kernels == f"{site}/memdlm_kernels/__init__.py"
     assert missing == "None"
     assert (environment / "bin/memdlm").exists()
+
+    check_abi(Path(site, "memdlm_kernels", LIBRARY.name))
+    code = """
+import json, torch, memdlm_kernels
+has = torch._C._dispatch_has_kernel_for_dispatch_key
+ops = ("fast_weight_sgd_", "fast_weight_reset_")
+info = memdlm_kernels.build_info()
+registered = [has(f"memdlm_C::{op}", "CUDA") for op in ops]
+print(json.dumps([info["cuda"], info["cuda_architectures"], registered]))
+"""
+    facts = json.loads(succeed(python, "-P", "-c", code))
+    assert facts == [CUDA, [90] if CUDA else [], [CUDA, CUDA]]
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"MEMDLM_CUDA": "yes"}, "MEMDLM_CUDA must be AUTO, ON or OFF, got 'yes'"),
+        ({"MEMDLM_CUDA": "ON", "CUDAARCHS": "native"}, "numbers such as 90 or 9.0, got 'native'"),
+    ],
+)
+def test_build_says_which_cuda_choice_is_wrong(
+    tmp_path: Path, choice: dict[str, str], message: str
+) -> None:
+    build = f"import build_backend; build_backend.build_wheel({str(tmp_path)!r})"
+    path = os.pathsep.join([str(ROOT / "tools"), sysconfig.get_path("purelib")])
+    finished = run(sys.executable, "-c", build, PYTHONPATH=path, **choice)
+    assert finished.returncode != 0
+    assert message in " ".join((finished.stdout + finished.stderr).split())
 
 
 def test_build_without_torch_says_what_to_do(tmp_path: Path) -> None:

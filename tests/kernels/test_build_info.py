@@ -11,7 +11,8 @@ def test_built():
     assert set(info) == FACTS | {"built", "missing"}
     assert info["built"] is True
     assert info["missing"] is None
-    assert info["cuda"] in (True, False)
+    assert info["cuda"] is bool(info["cuda_architectures"])
+    assert all(architecture >= 80 for architecture in info["cuda_architectures"])
     assert info["torch_abi"] == "2.11"
 
 
