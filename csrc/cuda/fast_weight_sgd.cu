@@ -12,15 +12,15 @@
 // one ended.
 //
 // Arithmetic is in double: no square of a float overflows there or vanishes, and a huge gradient's
-// clip factor is no float. That is free where the memory is the limit and the GPU has doubles at
-// half or a third of the float rate; on others (sm_86, sm_89, sm_120) 16-bit gradients wait for it.
+// clip factor is no float. By count, where doubles run at half the float rate (sm_80, sm_90,
+// sm_100) the memory is still the limit; where at a 64th (sm_86, sm_89, sm_120), 16-bit gradients
+// wait.
 #include "fast_weight.cuh"
 
 namespace memdlm {
 namespace {
 
-// Half of a processor's threads, with 64 registers each; a quarter of them could keep the memory
-// busy.
+// Half of a processor's threads, with 64 registers each.
 constexpr int kBlocksPerProcessor = 4;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
@@ -178,8 +178,9 @@ template <int N, class P, class G>
 __device__ void descend(const FastWeightSgd& step, int row, int64_t column, int count,
                         double factor, Team team) {
   constexpr int kWidest = N * (sizeof(P) > sizeof(G) ? sizeof(P) : sizeof(G));
-  // 16 or 32 bytes of each tensor in flight for each of 1,024 threads a processor: more than hides
-  // the memory's latency. Eight elements and their doubles are all that the registers hold.
+  // 16 or 32 bytes of each tensor in flight for each of 1,024 threads: at least 32 KiB a processor,
+  // where an H100 moves some 20 KiB in the latency of its memory. Eight elements and their doubles
+  // are all that the registers hold.
   constexpr int kUnroll = N == 1 || N == 8 ? 1 : 32 / kWidest;
   P* param = static_cast<P*>(step.param.data) + row * step.param.stride + column;
   const G* grad = static_cast<const G*>(step.grad.data) + row * step.grad.stride + column;

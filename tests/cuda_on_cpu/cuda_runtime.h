@@ -1,15 +1,15 @@
 // As much of CUDA as csrc/cuda uses, for g++: a .cu file compiled with this folder on the include
 // path runs on a CPU, slowly, one block after another.
 //
-// A block's threads are fibers of one thread of the machine. A fiber runs until it must wait for
-// others, at a barrier or a shuffle, so that each one runs as far ahead as CUDA allows: what lacks
-// a barrier goes wrong here. Threads that wait for different barriers are an error that ends the
+// A block's threads are fibers of one thread of the machine. Each warp runs until it must wait for
+// the others, as far ahead as CUDA allows, so that what lacks a barrier goes wrong here. Threads that wait for different barriers are an error that ends the
 // process with a message.
 #pragma once
 
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -104,6 +104,20 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace cuda_on_cpu {
 
+// Runs the threads from `first` on until all of them are done or wait for other warps.
+inline void run_warp(unsigned first) {
+  unsigned before;
+  do {
+    before = machine.progress;
+    for (unsigned thread = first; thread < first + kWarpSize; ++thread) {
+      if (machine.fibers[thread].done) continue;
+      machine.running = thread;
+      threadIdx = dim3(thread);
+      resume(machine.fibers[thread]);
+    }
+  } while (machine.progress != before);
+}
+
 inline void run_block(unsigned threads) {
   machine.fibers.resize(threads);
   machine.value.resize(threads);
@@ -116,19 +130,11 @@ inline void run_block(unsigned threads) {
     fiber.started = fiber.done = false;
     makecontext(&fiber.start, run_fiber, 0);
   }
-  for (unsigned done = 0; done < threads;) {
+  const auto is_done = [](const Fiber& fiber) { return fiber.done; };
+  while (!std::all_of(machine.fibers.begin(), machine.fibers.end(), is_done)) {
     const unsigned before = machine.progress;
-    done = 0;
-    for (unsigned thread = 0; thread < threads; ++thread) {
-      if (machine.fibers[thread].done) {
-        ++done;
-        continue;
-      }
-      machine.running = thread;
-      threadIdx = dim3(thread);
-      resume(machine.fibers[thread]);
-    }
-    if (done < threads && machine.progress == before) {
+    for (unsigned warp = 0; warp < threads; warp += kWarpSize) run_warp(warp);
+    if (machine.progress == before) {
       std::fprintf(stderr, "threads of block %u wait for each other forever\n", blockIdx.x);
       std::abort();
     }
