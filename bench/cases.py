@@ -30,14 +30,15 @@ class StepCase:
     outer_lora_rank: int | None
 
 
-PRESETS = ("tiny", "dense_small", "llada_moe_small")
+PRESETS = ("tiny", "dense_small", "llada_moe_small", "llada_moe")
 
 
 def step_case(name: str) -> StepCase:
     """The case of a preset.
 
     "tiny" is the demo's model and batch, "dense_small" a decoder of 60 M parameters,
-    "llada_moe_small" one of 64 experts, an eighth of LLaDA-MoE in every width.
+    "llada_moe_small" one of 64 experts, an eighth of LLaDA-MoE in every width, "llada_moe" that
+    model itself (7.4 B parameters) on two sequences of 4,096 tokens, for a GPU.
     """
     if name == "tiny":
         return StepCase(AutoConfig.from_pretrained(_DEMO_BASE), 8, 256, 0.8, None)
@@ -68,4 +69,6 @@ def step_case(name: str) -> StepCase:
             eos_token_id=None,
         )
         return StepCase(sparse, 2, 512, 0.8, 32)
+    if name == "llada_moe":
+        return StepCase(LLaDAMoEConfig(), 2, 4_096, 0.9, 32)
     raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")

@@ -66,6 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
         help="what carries the outer LoRA, in a preset that has one",
     )
     parser.add_argument("--k", type=int, nargs="+", default=[2], help="inner steps")
+    parser.add_argument("--without_naive", action="store_true", help="leave out memdlm_naive")
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds")
     parser.add_argument("--batches", type=int, default=3, help="batches in one round")
     parser.add_argument("--json", help="append one JSON line per variant to this file")
@@ -73,7 +74,13 @@ def main(arguments: list[str] | None = None) -> None:
     device = torch.device(options.device)
     case = step_case(options.preset)
     steps = make_steps(
-        case, options.k, options.batches, device, _DTYPES[options.dtype], options.outer_lora
+        case,
+        options.k,
+        options.batches,
+        device,
+        _DTYPES[options.dtype],
+        options.outer_lora,
+        naive=not options.without_naive,
     )
     check_losses(steps)
 
@@ -110,6 +117,8 @@ def make_steps(
     device: torch.device,
     dtype: torch.dtype,
     outer_lora: str = "all",
+    *,
+    naive: bool = True,
 ) -> dict[str, Callable[[int], Tensor]]:
     """A training step of each variant, as a function of the batch's number.
 
@@ -119,12 +128,14 @@ def make_steps(
         batches: how many batches there are.
         device, dtype: of the model.
         outer_lora: "all" or "attention", what carries the outer LoRA.
+        naive: whether `memdlm_naive` is among the variants.
 
     Returns:
         Variant (with " K=..." where it has one) to a step that returns its loss.
     """
     torch.manual_seed(0)
-    bare = AutoModelForCausalLM.from_config(case.config).to(device, dtype)
+    with device:
+        bare = AutoModelForCausalLM.from_config(case.config, dtype=dtype)
     # A model of its own: ours lets PEFT's layers run by another function.
     looped = with_looped_experts(bare)
     diffusion = DiffusionConfig()
@@ -132,15 +143,16 @@ def make_steps(
     published, optimised_published = _trained(looped, case.outer_lora_rank, outer_lora)
 
     steps: dict[str, Callable[[int], Tensor]] = {}
-    plain = _batches(case, diffusion, None, batches, device)
+    plain = make_batches(case, diffusion, None, batches, device)
     steps["mdlm_all_rows"] = optimised_published(lambda n: _all_rows(published, plain[n]))
     objective = MDLMObjective(model, diffusion)
     steps["mdlm"] = optimised(lambda n: _backward(objective, plain[n]))
     for k in inner_steps:
         memory = MemoryConfig(inner_steps=k)
-        own = _batches(case, diffusion, memory, batches, device)
-        naive = _naive_step(looped, case, diffusion, memory, own)
-        steps[f"memdlm_naive K={k}"] = optimised_published(naive)
+        own = make_batches(case, diffusion, memory, batches, device)
+        if naive:
+            plainly = _naive_step(looped, case, diffusion, memory, own)
+            steps[f"memdlm_naive K={k}"] = optimised_published(plainly)
         ours = MemDLMObjective(model, diffusion, memory)
         steps[f"memdlm K={k}"] = optimised(lambda n, ours=ours, own=own: _backward(ours, own[n]))
     return steps
@@ -203,13 +215,24 @@ def _run_all(step: Callable[[int], Tensor], batches: int) -> Callable[[], None]:
     return run
 
 
-def _batches(
+def make_batches(
     case: StepCase,
     diffusion: DiffusionConfig,
     memory: MemoryConfig | None,
     count: int,
     device: torch.device,
 ) -> list[dict[str, Any]]:
+    """Batches of random tokens.
+
+    Args:
+        case: the shape.
+        diffusion, memory: of the collator.
+        count: how many batches.
+        device: where they are put.
+
+    Returns:
+        What `MaskCollator` makes, `count` times.
+    """
     vocab_size = case.config.vocab_size
     collator = MaskCollator(vocab_size - 1, 0, vocab_size, diffusion, memory)
     generator = torch.Generator().manual_seed(0)

@@ -89,6 +89,9 @@ class MemoryConfig:
             "compute" keeps them in the dtype of the layers.
         inner_checkpoint: "none" stores the activations of an inner step, "layer" recomputes them
             layer by layer, "auto" recomputes where they would not fit in the free memory.
+        inner_graph: launch the reset and all inner steps as one CUDA graph. The rows of a state are
+            padded to a multiple of 256; a batch of other shapes is recorded anew, so pad sequences
+            to few lengths.
 
     Raises:
         ValueError: an option outside its range.
@@ -112,6 +115,7 @@ class MemoryConfig:
     scope: Literal["batch", "sample"] = "batch"
     state_dtype: Literal["float32", "compute"] = "float32"
     inner_checkpoint: Literal["none", "layer", "auto"] = "auto"
+    inner_graph: bool = False
 
     def __post_init__(self) -> None:
         _check_choices(self)

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from memdlm_kernels import grouped_lora_linear
+from memdlm_kernels import grouped_linear, grouped_lora_linear, lora_swiglu
 
 IMPLEMENTATION = "memdlm"
 
@@ -30,11 +29,13 @@ class Update:
         tensors: (A [E, P R, in], B [E, out, R]) adds scale * B A to W, as `grouped_lora_linear`
             does; (delta [E, out, in],) adds delta. With a leading S, one set for each sequence.
         scale: see `tensors`; not read with a delta.
+        B_is_zero: whether B is known to hold zeros; not read with a delta.
     """
 
     projection: str
     tensors: tuple[Tensor, ...]
     scale: float
+    B_is_zero: bool = False
 
     @property
     def sets(self) -> int:
@@ -117,8 +118,7 @@ def grouped_experts(
     sets = max([update.sets for update in updates], default=1)
     order = _sort(top_k_index, experts.num_experts, sets)
     rows = _Spread.apply(hidden_states, order.places, order.inverse)  # [N k, D]
-    gate_up = _project("gate_up_proj", experts, rows, order, updates)  # [N k, 2 I]
-    inner = experts._apply_gate(gate_up)  # [N k, I]
+    inner = _activate(experts, rows, order, updates)  # [N k, I]
     out = _project("down_proj", experts, inner, order, updates)  # [N k, D]
     back = _Permute.apply(out, order.inverse, order.places)
     chosen = back.unflatten(0, top_k_index.shape)  # [N, k, D]
@@ -144,6 +144,28 @@ def _sort(index: Tensor, expert_count: int, sets: int) -> _Order:
     return _Order(places, inverse, ends.unflatten(0, (expert_count, sets)))
 
 
+def _activate(experts: Any, rows: Tensor, order: _Order, updates: tuple[Update, ...]) -> Tensor:
+    """The gated activation: [N k, D] to [N k, I]."""
+    if not (_fuses(rows) and experts.config.hidden_act == "silu"):
+        return experts._apply_gate(_project("gate_up_proj", experts, rows, order, updates))
+    # The last update in factored form goes into the activation, the others before it.
+    own = [update for update in updates if update.projection == "gate_up_proj"]
+    last = own.pop() if own and len(own[-1].tensors) == 2 else None
+    gate_up = _project("gate_up_proj", experts, rows, order, tuple(own))  # [N k, 2 I]
+    if last is None:
+        return lora_swiglu(None, gate_up, None, None, None, 1.0)
+    A, B = last.tensors
+    ends = _ends(last, order)
+    return lora_swiglu(
+        rows, gate_up, None, A, B, last.scale, offsets=ends, B_is_zero=last.B_is_zero
+    )
+
+
+def _fuses(rows: Tensor) -> bool:
+    """Whether the activation is one kernel: there is one for GPUs alone."""
+    return rows.is_cuda
+
+
 def _project(
     name: str, experts: Any, rows: Tensor, order: _Order, updates: tuple[Update, ...]
 ) -> Tensor:
@@ -151,34 +173,27 @@ def _project(
     if is_four_bit(experts):
         out = _FourBitLinear.apply(rows, experts, name, ends)
     else:
-        out = _grouped_linear(rows, getattr(experts, name), ends)
+        out = grouped_linear(rows, getattr(experts, name), ends)
     for update in updates:
         if update.projection == name:
-            out = _add(update, rows, out, order.ends)
+            out = _add(update, rows, out, _ends(update, order))
     return out
 
 
-def _add(update: Update, rows: Tensor, out: Tensor, ends: Tensor) -> Tensor:
+def _ends(update: Update, order: _Order) -> Tensor:
+    """Where the rows end that share a pair of A and B: [E, S], or [E]."""
     per_sequence = update.tensors[0].dim() == 4
-    ends = ends if per_sequence else ends[:, -1].contiguous()
+    return order.ends if per_sequence else order.ends[:, -1].contiguous()
+
+
+def _add(update: Update, rows: Tensor, out: Tensor, ends: Tensor) -> Tensor:
     if len(update.tensors) == 2:
-        return grouped_lora_linear(rows, out, *update.tensors, ends, update.scale)
+        A, B = update.tensors
+        return grouped_lora_linear(rows, out, A, B, ends, update.scale, B_is_zero=update.B_is_zero)
     delta = update.tensors[0].to(out.dtype)
-    if per_sequence:
+    if delta.dim() == 4:
         delta = delta.transpose(0, 1).flatten(0, 1)  # [E S, out, in], as the rows are sorted
-    return out + _grouped_linear(rows, delta, ends.flatten())
-
-
-def _grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """rows[g] @ weight[g].T for the rows of each group g: [N, in] to [N, out]."""
-    device = rows.device.type
-    if torch.is_autocast_enabled(device):  # which does not know the grouped product
-        dtype = torch.get_autocast_dtype(device)
-        rows, weight = rows.to(dtype), weight.to(dtype)
-    if rows.dtype == torch.float64:  # the library has none
-        parts = rows.split(ends.diff(prepend=ends.new_zeros(1)).tolist())
-        return torch.cat([part @ own.T for part, own in zip(parts, weight, strict=True)])
-    return F.grouped_mm(rows, weight.mT, offs=ends.contiguous())
+    return out + grouped_linear(rows, delta, ends.flatten())
 
 
 class _FourBitLinear(torch.autograd.Function):
@@ -190,13 +205,13 @@ class _FourBitLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, experts: Any, name: str, ends: Tensor) -> Tensor:
         ctx.experts, ctx.name, ctx.ends = experts, name, ends
-        return _grouped_linear(rows, getattr(experts, name), ends)
+        return grouped_linear(rows, getattr(experts, name), ends)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         weight = getattr(ctx.experts, ctx.name).to(grad.dtype)  # narrower after autocast
-        return _grouped_linear(grad.contiguous(), weight.mT, ctx.ends), None, None, None
+        return grouped_linear(grad.contiguous(), weight.mT, ctx.ends), None, None, None
 
 
 class _WeightedSum(torch.autograd.Function):

@@ -6,6 +6,7 @@ layer of stacked experts is handed them as an update of its weights.
 """
 
 import contextlib
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,7 +68,8 @@ class FastWeights:
 
     Attributes:
         param: [S, T], the fast weights.
-        grad: [S, T], their gradient.
+        grad: [S, T], their gradient, in the dtype that the layers read them in.
+        blank: whether every B (or delta) is still zero, as after a reset.
         segments: [P + 1] int64, where each tensor begins in a row.
         bounds: [P] float64, each tensor is drawn uniform in plus or minus this; 0 for zeros.
     """
@@ -78,15 +80,19 @@ class FastWeights:
         per_module = [_stacks(module, config) for module in modules.values()]
         self._counts = [len(stacks) for stacks in per_module]
         self._stacks = [stack for stacks in per_module for stack in stacks]
-        sizes = [0] + [torch.Size(stack.shape).numel() for stack in self._stacks]
-        self._offsets: list[int] = torch.tensor(sizes).cumsum(0).tolist()
+        sizes = [torch.Size(stack.shape).numel() for stack in self._stacks]
+        self._offsets = list(itertools.accumulate(sizes, initial=0))
         self._read: Sequence[Sequence[Tensor]] | None = None
         self._writes = 0
-        self._dtype = self._dtype_of_state()
+        self.blank = False
+        self._read_dtype = self._dtype_of_layers()
         self._allocate(1, self._device())
         self._handles = [
             self._attach(index, module) for index, module in enumerate(modules.values())
         ]
+        # torch.compile takes two layers that differ by a hook for the same, and would run one as it
+        # compiled the other: without its memory, and say nothing.
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
 
     def _attach(self, index: int, module: nn.Module) -> Any:
         if isinstance(module, nn.Linear):
@@ -96,15 +102,14 @@ class FastWeights:
     def _device(self) -> torch.device:
         return next(next(iter(self.modules.values())).parameters()).device
 
-    def _dtype_of_state(self) -> torch.dtype:
-        """fp32, or with "compute" the layers' own; a quantised layer tells its compute dtype."""
+    def _dtype_of_layers(self) -> torch.dtype:
+        """That of their weights; a quantised layer tells its compute dtype."""
         module: Any = next(iter(self.modules.values()))
         weight = module.weight if isinstance(module, nn.Linear) else module.gate_up_proj
-        dtype = weight.dtype
-        if not dtype.is_floating_point:
-            dtype = getattr(module, "compute_dtype", None) or torch.float32
-        narrow = self.config.state_dtype == "compute" or dtype == torch.float64
-        return dtype if narrow else torch.float32
+        dtype: torch.dtype = weight.dtype
+        if dtype.is_floating_point:
+            return dtype
+        return getattr(module, "compute_dtype", None) or torch.float32
 
     def _allocate(self, sets: int, device: torch.device) -> None:
         shape = (sets, self._offsets[-1])
@@ -115,9 +120,13 @@ class FastWeights:
             bounds += [stack.bound] * stack.count
         self.segments = torch.tensor(begins, device=device)
         self.bounds = torch.tensor(bounds, dtype=torch.float64, device=device)
-        self.param = torch.zeros(shape, dtype=self._dtype, device=device)
-        self.grad = torch.zeros_like(self.param)
-        self._frozen = self._views(self.param)
+        read = self._read_dtype
+        widen = self.config.state_dtype == "float32" and read.itemsize < torch.float32.itemsize
+        self.param = torch.zeros(shape, dtype=torch.float32 if widen else read, device=device)
+        # What the layers read, so that no product has to cast: the state itself, or its copy.
+        self._cast = torch.zeros(shape, dtype=read, device=device) if widen else None
+        self.grad = torch.zeros(shape, dtype=read, device=device)
+        self._frozen = self._views(self.param if self._cast is None else self._cast)
         self._leaves = [view.detach().requires_grad_() for view in self._frozen]
         self._grad_views = self._views(self.grad)
 
@@ -130,7 +139,7 @@ class FastWeights:
 
     @property
     def leaves(self) -> list[Tensor]:
-        """The tensors, sharing memory with `param`, that an inner step differentiates by."""
+        """What an inner step differentiates by: views of `param`, or of its copy for the layers."""
         return self._leaves
 
     def named(self) -> dict[str, tuple[Tensor, ...]]:
@@ -140,7 +149,17 @@ class FastWeights:
             (A, B) or (delta,) of a linear layer; of a layer of experts those of gate and up,
             A [E, 2 R, D] and B [E, 2 I, R], then those of down, A [E, R, I] and B [E, D, R].
         """
-        return dict(zip(self.modules, self._grouped(self._frozen), strict=True))
+        return dict(zip(self.modules, self._grouped(self._views(self.param)), strict=True))
+
+    def reserve(self, batch_size: int) -> None:
+        """Allocate what a batch needs, unless it is there; values are lost where it is not.
+
+        Args:
+            batch_size: B; "batch" scope keeps one set for them all.
+        """
+        sets = 1 if self.config.scope == "batch" else batch_size
+        if sets != len(self.param) or self.param.device != self._device():
+            self._allocate(sets, self._device())
 
     def reset(self, seeds: Tensor) -> None:
         """Draw A anew, uniform in plus or minus 1/sqrt(in), and set B (or delta) to zero.
@@ -149,17 +168,17 @@ class FastWeights:
             seeds: [B] int64 on the fast weights' device, one per sequence; "batch" scope reads the
                 first.
         """
-        seeds = seeds[:1] if self.config.scope == "batch" else seeds
-        if len(seeds) != len(self.param) or self.param.device != self._device():
-            self._allocate(len(seeds), self._device())
+        self.reserve(len(seeds))
         self._writes += 1
-        fast_weight_reset_(self.param, self.segments, self.bounds, seeds)
+        self.blank = True
+        own = seeds[: len(self.param)]
+        fast_weight_reset_(self.param, self.segments, self.bounds, own, cast=self._cast)
 
-    def step(self, gradients: Sequence[Tensor], loss: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, gradients: Sequence[Tensor | None], loss: Tensor) -> tuple[Tensor, Tensor]:
         """Clip the gradients and take one SGD step; nothing waits for the GPU.
 
         Args:
-            gradients: one for each of the `leaves`.
+            gradients: one for each of the `leaves`; None where it is exactly zero.
             loss: [S]; a set whose loss or gradient is not finite is left as it is.
 
         Returns:
@@ -167,7 +186,13 @@ class FastWeights:
         """
         config = self.config
         self._writes += 1
-        torch._foreach_copy_(self._grad_views, list(gradients))
+        self.blank = False
+        pairs = list(zip(self._grad_views, gradients, strict=True))
+        known = [(view, gradient) for view, gradient in pairs if gradient is not None]
+        zeros = [view for view, gradient in pairs if gradient is None]
+        torch._foreach_copy_([view for view, _ in known], [gradient for _, gradient in known])
+        if zeros:
+            torch._foreach_zero_(zeros)
         return fast_weight_sgd_(
             self.param,
             self.grad,
@@ -176,7 +201,13 @@ class FastWeights:
             config.inner_max_norm,
             clip=config.inner_clip,
             loss=loss,
+            cast=self._cast,
         )
+
+    def mark_written(self) -> None:
+        """Take note that a recorded graph has reset and stepped the fast weights."""
+        self._writes += 1
+        self.blank = False
 
     def reading(self, *, trainable: bool = False) -> contextlib.AbstractContextManager[None]:
         """Under this context the adapted layers add the fast weights to their outputs.
@@ -256,7 +287,8 @@ class _LinearHook:
             return None
         if self._store.config.adapter == "lora":
             low_rank, up = self._store._read[self._index]
-            return lora_linear(inputs[0], output, low_rank, up, self._scale)
+            blank = self._store.blank
+            return lora_linear(inputs[0], output, low_rank, up, self._scale, B_is_zero=blank)
         (delta,) = self._store._read[self._index]
         return output + inputs[0].to(output.dtype) @ delta.to(output.dtype).mT
 
@@ -275,5 +307,6 @@ class _ExpertsHook:
         tensors = self._store._read[self._index]
         half = len(tensors) // 2
         own = zip(PROJECTIONS, (tensors[:half], tensors[half:]), strict=True)
-        updates = [Update(name, tuple(pair), self._scale) for name, pair in own]
+        blank = self._store.blank
+        updates = [Update(name, tuple(pair), self._scale, blank) for name, pair in own]
         return inputs, options | {"updates": (*options.get("updates", ()), *updates)}

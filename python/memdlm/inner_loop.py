@@ -102,7 +102,7 @@ def adapt(
     """
     weight, bias = backbone.head()
     weight, bias = weight.detach(), None if bias is None else bias.detach()
-    recompute = _recompute(config.inner_checkpoint, backbone, boundaries)
+    recompute = recomputes(config.inner_checkpoint, backbone, boundaries)
     memory = fast_weights.reading(trainable=True)
     losses, norms, skips = [], [], []
     for _ in range(config.inner_epochs):
@@ -119,7 +119,8 @@ def adapt(
                 weighted = nll * state["weight"].to(nll.dtype)  # [M]
                 per_set = _sum_per_set(weighted, state["sample"], len(fast_weights.param))  # [S]
                 # The sets do not touch each other, so one backward of the sum serves them all.
-                gradients = torch.autograd.grad(per_set.sum(), fast_weights.leaves)
+                leaves = fast_weights.leaves
+                gradients = torch.autograd.grad(per_set.sum(), leaves, allow_unused=True)
             loss = per_set.detach()
             norm, skipped = fast_weights.step(gradients, loss)
             losses.append(loss)
@@ -135,8 +136,17 @@ def _sum_per_set(values: Tensor, sample: Tensor, sets: int) -> Tensor:
     return values.new_zeros(sets).index_add(0, sample, values)
 
 
-def _recompute(choice: str, backbone: Backbone, boundaries: list[Boundary]) -> bool:
-    """Whether the inner steps recompute their layers instead of storing the activations."""
+def recomputes(choice: str, backbone: Backbone, boundaries: list[Boundary]) -> bool:
+    """Whether the inner steps recompute their layers instead of storing the activations.
+
+    Args:
+        choice: `MemoryConfig.inner_checkpoint`; "auto" asks for the free memory.
+        backbone: the split model.
+        boundaries: those of the steps.
+
+    Returns:
+        True to recompute.
+    """
     if choice != "auto":
         return choice == "layer"
     hidden = max((boundary.activations.hidden for boundary in boundaries), key=Tensor.numel)

@@ -14,6 +14,7 @@ from memdlm.backbone import Backbone, find_targets
 from memdlm.config import DiffusionConfig, MemoryConfig
 from memdlm.data.collator import State
 from memdlm.fast_weights import FastWeights
+from memdlm.inner_graph import InnerGraph
 from memdlm.inner_loop import (
     Boundary,
     InnerTrace,
@@ -117,6 +118,7 @@ class MemDLMObjective(MDLMObjective):
         self.backbone = Backbone(model, boundary, diffusion.block_size)
         self.fast_weights = FastWeights(targets, memory)
         self.fast_weights.guard(self.backbone.decoder.embed_tokens)
+        self._graph = InnerGraph(self.backbone, self.fast_weights, memory)
 
     def forward(
         self,
@@ -159,15 +161,17 @@ class MemDLMObjective(MDLMObjective):
             The trace of the inner steps. The fast weights stay until the next reset.
         """
         states: list[State] = batch["trajectory"]
-        mask = batch.get("attention_mask")
-        with untouched_generators(batch["memory_seed"].device):
-            self.fast_weights.reset(batch["memory_seed"])
+        mask, seeds = batch.get("attention_mask"), batch["memory_seed"]
+        with untouched_generators(seeds.device):
             if anchor is None:
                 with torch.no_grad():
                     anchor = anchor_boundary(self.backbone, batch)
             others = [state for state in states if not state["is_anchor"]]
             made = iter(pre_anchor_boundaries(self.backbone, others, batch["input_ids"], mask))
             boundaries = [anchor if state["is_anchor"] else next(made) for state in states]
+            if self.memory.inner_graph:
+                return self._graph(seeds, states, boundaries)
+            self.fast_weights.reset(seeds)
             return adapt(self.backbone, self.fast_weights, states, boundaries, self.memory)
 
 

@@ -11,6 +11,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from memdlm.config import DiffusionConfig, MemoryConfig
@@ -21,6 +22,10 @@ from memdlm.trajectory import anchor_mask, loss_mask, trajectory
 # A model's input never has a label here; a position that has one may be masked.
 IGNORE_INDEX = -100
 
+# With `inner_graph` the rows of a state are a multiple of this: few shapes, so few graphs, and at
+# most 255 rows that the last layer and the head compute for nothing.
+GRAPH_ROWS = 256
+
 _NOISE_STREAM, _MEMORY_STREAM = 0, 1
 
 
@@ -30,7 +35,8 @@ class State(TypedDict):
     Keys: `input_ids` [B, L] int64 with masks; `rows` [B, W] int64, positions whose logits the loss
     reads, of each sequence, padded with 0 to a common W of at least 1; `valid` [M] int64, flat
     indices into `rows` of those that are real; `target` [M] int64; `weight` [M] float64; `sample`
-    [M] int64, the sequence of each row; `is_anchor` bool.
+    [M] int64, the sequence of each row; `is_anchor` bool. Where M is padded too, the surplus rows
+    have target -100, weight 0 and the rest 0.
     """
 
     input_ids: Tensor
@@ -72,6 +78,7 @@ def make_state(
     *,
     right_shift_logits: bool = False,
     width: int | None = None,
+    row_multiple: int = 1,
     is_anchor: bool = False,
 ) -> State:
     """Mask tokens, and list the rows whose loss is taken.
@@ -85,6 +92,7 @@ def make_state(
         right_shift_logits: a token's logits are those of the position before it (Dream); the first
             token, which has none before, takes its own.
         width: W, at least the largest count of a row; None for just that.
+        row_multiple: round W and M up to multiples of this.
         is_anchor: whether this is the anchor state.
 
     Returns:
@@ -93,21 +101,27 @@ def make_state(
     counts = in_loss.sum(1)
     if width is None:
         width = max(1, int(counts.max()))
+    width = _round_up(width, row_multiple)
     sample, position = in_loss.nonzero(as_tuple=True)
     # The place of each loss row among those of its own sequence.
     first = counts.cumsum(0) - counts
     place = torch.arange(len(sample)) - first[sample]
     rows = torch.zeros(len(clean_ids), width, dtype=torch.int64)
     rows[sample, place] = (position - 1).clamp_min(0) if right_shift_logits else position
+    surplus = _round_up(len(sample), row_multiple) - len(sample)
     return State(
         input_ids=clean_ids.masked_fill(masked, mask_token_id),
         rows=rows,
-        valid=sample * width + place,
-        target=clean_ids[in_loss],
-        weight=row_weight[sample],
-        sample=sample,
+        valid=F.pad(sample * width + place, (0, surplus)),
+        target=F.pad(clean_ids[in_loss], (0, surplus), value=IGNORE_INDEX),
+        weight=F.pad(row_weight[sample], (0, surplus)),
+        sample=F.pad(sample, (0, surplus)),
         is_anchor=is_anchor,
     )
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
 
 
 def make_trajectory(
@@ -167,6 +181,7 @@ def make_trajectory(
                 mask_token_id,
                 right_shift_logits=right_shift_logits,
                 width=None if is_anchor[k] else max(1, *widths),
+                row_multiple=GRAPH_ROWS if memory.inner_graph else 1,
                 is_anchor=is_anchor[k],
             )
         )
@@ -280,6 +295,7 @@ class MaskCollator:
                 weight,
                 self.mask_token_id,
                 right_shift_logits=self.right_shift_logits,
+                row_multiple=GRAPH_ROWS if self.memory and self.memory.inner_graph else 1,
                 is_anchor=True,
             ),
         }
@@ -310,7 +326,7 @@ class MaskCollator:
                     f"got {longest}"
                 )
             longest = self.max_padding
-        longest = math.ceil(longest / self.pad_to_multiple_of) * self.pad_to_multiple_of
+        longest = _round_up(longest, self.pad_to_multiple_of)
         ids = torch.full((len(features), longest), self.pad_token_id, dtype=torch.int64)
         labels = torch.full_like(ids, IGNORE_INDEX)
         visible = torch.zeros_like(ids, dtype=torch.bool)

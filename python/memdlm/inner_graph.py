@@ -1,0 +1,146 @@
+"""The inner loop as a CUDA graph: launched as one, for batches whose tensors have the same shapes.
+
+With small batches a step of the inner loop is hundreds of launches that the host cannot make as
+fast as the GPU finishes them.
+"""
+
+import dataclasses
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memdlm.backbone import Backbone
+from memdlm.config import MemoryConfig
+from memdlm.data.collator import State
+from memdlm.fast_weights import FastWeights
+from memdlm.inner_loop import Boundary, InnerTrace, adapt, recomputes
+
+_READ_BY_ADAPT = ("valid", "target", "weight", "sample")
+
+
+class InnerGraph:
+    """`FastWeights.reset` and `adapt`, recorded once for each set of shapes, then replayed.
+
+    Replaces the two calls. The recorded steps read copies of the batch at fixed addresses; all
+    graphs share one pool of memory, since only one runs at a time.
+
+    Args:
+        backbone, fast_weights, config: as for `adapt`.
+    """
+
+    def __init__(self, backbone: Backbone, fast_weights: FastWeights, config: MemoryConfig) -> None:
+        self._backbone = backbone
+        self._fast_weights = fast_weights
+        self._config = config
+        self._recorded: dict[Hashable, tuple[list[Tensor], _Recording]] = {}
+        self._storage = fast_weights.param
+
+    def __call__(
+        self, seeds: Tensor, states: list[State], boundaries: list[Boundary]
+    ) -> InnerTrace:
+        """Draw the fast weights and write them.
+
+        Args:
+            seeds: as for `FastWeights.reset`.
+            states, boundaries: as for `adapt`.
+
+        Returns:
+            The trace, a copy that the next call leaves alone.
+
+        Raises:
+            ValueError: a model that is not on a GPU, or an attention mask that is no tensor.
+        """
+        read: list[dict[str, Any]] = [dict(state) for state in states]
+        inputs = (seeds, [{k: state[k] for k in _READ_BY_ADAPT} for state in read], boundaries)
+        tensors: list[Tensor] = []
+        key = _flatten(inputs, tensors)
+        self._fast_weights.reserve(len(seeds))
+        if self._fast_weights.param is not self._storage:
+            # Allocated anew, for another number of sequences: what was recorded writes elsewhere.
+            self._recorded.clear()
+            self._storage = self._fast_weights.param
+        if key not in self._recorded:
+            self._recorded[key] = self._record(inputs)
+        fixed, recording = self._recorded[key]
+        with torch.no_grad():
+            torch._foreach_copy_(fixed, tensors)
+        trace = recording.replay()
+        self._fast_weights.mark_written()
+        return InnerTrace(trace.loss.clone(), trace.norm.clone(), trace.skipped.clone())
+
+    def _record(self, inputs: Any) -> "tuple[list[Tensor], _Recording]":
+        fixed: list[Tensor] = []
+        seeds, states, boundaries = _copy(inputs, fixed)
+        # Decided now: while recording, the free memory cannot be asked for.
+        recompute = recomputes(self._config.inner_checkpoint, self._backbone, boundaries)
+        config = dataclasses.replace(
+            self._config, inner_checkpoint="layer" if recompute else "none"
+        )
+
+        def run() -> InnerTrace:
+            self._fast_weights.reset(seeds)
+            return adapt(self._backbone, self._fast_weights, states, boundaries, config)
+
+        others = [recording for _, recording in self._recorded.values()]
+        return fixed, _Recording(run, seeds.device, others[0] if others else None)
+
+
+class _Recording:
+    """A CUDA graph of a function, in the memory pool of another one if there is one."""
+
+    def __init__(
+        self, run: Callable[[], InnerTrace], device: torch.device, other: "_Recording | None"
+    ) -> None:
+        if device.type != "cuda":
+            raise ValueError(f"inner_graph must be False on {device.type}: it needs a GPU")
+        # First as it is: kernels are compiled and libraries make their workspaces.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            run()
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        pool = None if other is None else other._graph.pool()
+        with torch.cuda.graph(self._graph, pool=pool):
+            self._trace = run()
+
+    def replay(self) -> InnerTrace:
+        self._graph.replay()
+        return self._trace
+
+
+def _flatten(value: Any, tensors: list[Tensor]) -> Hashable:
+    """Append the tensors in `value` to a list; return what must be the same to replay a graph."""
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return value.shape, value.dtype
+    if dataclasses.is_dataclass(value):
+        return tuple(_flatten(getattr(value, f.name), tensors) for f in dataclasses.fields(value))
+    if isinstance(value, dict):
+        return tuple(_flatten(part, tensors) for part in value.values())
+    if isinstance(value, (list, tuple)):
+        return tuple(_flatten(part, tensors) for part in value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise ValueError(
+        "inner_graph must be False with an attention mask that is no tensor (flex attention): got "
+        f"{type(value).__name__}"
+    )
+
+
+def _copy(value: Any, tensors: list[Tensor]) -> Any:
+    """`value` with copies of its tensors, which are appended to a list in the same order."""
+    if isinstance(value, Tensor):
+        tensors.append(value.detach().clone())
+        return tensors[-1]
+    if dataclasses.is_dataclass(value):
+        names = [field.name for field in dataclasses.fields(value)]
+        own = {name: _copy(getattr(value, name), tensors) for name in names}
+        return dataclasses.replace(value, **own)  # type: ignore[type-var]
+    if isinstance(value, dict):
+        return {name: _copy(part, tensors) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_copy(part, tensors) for part in value)
+    return value

@@ -1,0 +1,58 @@
+"""The step never waits for the device: run on tensors that have no values, nothing can be read."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._pytree import tree_map_only
+from transformers import AutoModelForCausalLM
+
+from memdlm.config import DiffusionConfig, MemoryConfig
+from memdlm.objective import MDLMObjective, MemDLMObjective
+from memdlm_kernels import _backends
+from tests.families import make_config
+from tests.tiny import make_batch
+
+DIFFUSION = DiffusionConfig()
+MODELS = {"dense": "llada", "experts": "llada_moe", "groups of experts": "llada2"}
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Without the C++ ops, the ops take what they would on a GPU; the interpreter is never run."""
+    monkeypatch.setattr(_backends, "library_missing", "left out by this test")
+    # Values of arguments are checked on the CPU only, and not while compiling.
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+
+
+def on_fake_tensors(kind, memory, dtype=torch.bfloat16, **options):
+    mode = FakeTensorMode()
+    batch = tree_map_only(torch.Tensor, mode.from_tensor, make_batch(DIFFUSION, memory))
+    with mode:
+        config = make_config(MODELS[kind], **options)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        if memory is None:
+            objective = MDLMObjective(model.train(), DIFFUSION)
+        else:
+            objective = MemDLMObjective(model.train(), DIFFUSION, memory)
+        objective(batch).loss.backward()
+    return objective
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("kind", MODELS)
+def test_mdlm(kind):
+    on_fake_tensors(kind, None)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("scope", ["batch", "sample"])
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_memdlm(kind, scope, adapter):
+    memory = MemoryConfig(scope=scope, adapter=adapter, layer_fraction=0.5, rank=4)
+    on_fake_tensors(kind, memory)
+
+
+def test_a_wait_would_be_seen():
+    with FakeTensorMode(), pytest.raises(DataDependentOutputException):
+        torch.ones(3).sum().item()

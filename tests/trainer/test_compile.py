@@ -1,0 +1,57 @@
+"""A model whose layers are compiled computes the same step, fast weights included."""
+
+import pytest
+import torch
+import torch._dynamo
+
+from memdlm.config import DiffusionConfig, MemoryConfig
+from memdlm.objective import MemDLMObjective
+from tests.families import make_family_model
+from tests.tiny import gradients, make_batch
+
+DIFFUSION = DiffusionConfig()
+
+
+@pytest.fixture(autouse=True)
+def strict_compiler():
+    torch.compiler.reset()
+    # Code that is compiled again for every batch must not end up uncompiled, and pass.
+    with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
+        yield
+
+
+def compile_layers(model):
+    for layer in model.get_decoder().layers:
+        layer.self_attn.compile(backend="aot_eager")
+        layer.mlp.compile(backend="aot_eager")
+
+
+def step(family, memory, *, compiled):
+    model = make_family_model(family)
+    batch = make_batch(DIFFUSION, memory)
+    if compiled == "before":
+        compile_layers(model)
+        model(input_ids=batch["input_ids"])
+    objective = MemDLMObjective(model, DIFFUSION, memory)
+    if compiled == "after":
+        compile_layers(model)
+    output = objective(batch)
+    output.loss.backward()
+    return output, gradients(model)
+
+
+@pytest.mark.parametrize(
+    ("scope", "compiled"),
+    [("batch", "after"), ("sample", "after"), ("batch", "before")],
+    ids=["batch", "sample", "compiled before the memory"],
+)
+@pytest.mark.parametrize("family", ["llada", "llada_moe"])
+def test_compiled_layers_take_the_same_step(family, scope, compiled):
+    memory = MemoryConfig(rank=4, layer_fraction=0.5, inner_steps=3, scope=scope)
+    expected, expected_gradients = step(family, memory, compiled=None)
+    actual, actual_gradients = step(family, memory, compiled=compiled)
+    assert len(torch._dynamo.utils.counters["stats"]) > 0
+    torch.testing.assert_close(actual.inner.loss, expected.inner.loss, rtol=1e-9, atol=0)
+    torch.testing.assert_close(actual.loss, expected.loss, rtol=1e-9, atol=0)
+    for name, gradient in expected_gradients.items():
+        torch.testing.assert_close(actual_gradients[name], gradient, rtol=1e-8, atol=1e-10)
