@@ -4,6 +4,17 @@ import torch
 from torch import Tensor
 
 
+def shrink_of(x: Tensor, A: Tensor, scale: float) -> Tensor:
+    shrink = x.new_empty(*x.shape[:-1], A.shape[-2])
+    rows = shrink.view(-1, shrink.shape[-1]) if A.dim() == 2 else shrink
+    nothing = rows.new_empty(*rows.shape[:-1], 0)  # no column of an output is asked for
+    A = A.to(x.dtype)
+    torch.ops.memdlm_C.lora_linear(
+        x.reshape(*rows.shape[:-1], x.shape[-1]), nothing, A, A.mT[..., :0, :], scale, nothing, rows
+    )
+    return shrink
+
+
 def lora_linear(
     x: Tensor, base: Tensor, A: Tensor, B: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memdlm_kernels._backends import CPU, REFERENCE, choose
+from memdlm_kernels._backends import CPU, REFERENCE, TRITON, Backend, choose
 from memdlm_kernels.lora_linear import cpu, reference
 
 Shape = Sequence[int]
@@ -20,12 +20,14 @@ def lora_linear(
     B: Tensor,
     scale: float,
     *,
+    B_is_zero: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Add a low-rank update of fast weights to the output of a frozen linear layer.
 
     Replaces `base + scale * (x @ A.mT) @ B.mT`. Neither the update [..., out] nor its scaled copy
-    is allocated, in forward or backward, and the shrink `x @ A.mT` is computed once for both.
+    is allocated, in forward or backward, and the shrink `x @ A.mT` is computed once for both. With
+    `B_is_zero` nothing is computed or allocated in forward, and in backward only grad_B.
 
     Args:
         x: [..., in], float32, bfloat16, float64 or float16; the frozen layer's input.
@@ -35,7 +37,12 @@ def lora_linear(
             [S, L, in] and base [S, L, out]. Any floating-point dtype, cast to x's for the products.
         B: [out, R] or [S, out, R], as A.
         scale: finite; lora_alpha / R.
-        backend: "cpu" or "reference"; None takes the first that fits.
+        B_is_zero: a promise that B holds zeros, as fast weights do before their first step. Its
+            values are then never read, so a broken promise goes unnoticed. The result
+            shares base's memory; x and A get no gradient from it (None, where the op's would be
+            zeros). The reference computes the whole expression all the same.
+        backend: "cpu", "triton" or "reference"; None takes the first that fits. "triton" takes all
+            dtypes but float64 on a GPU from sm_80 on.
 
     Returns:
         [..., out] in base's dtype. Differentiable in x, base, A and B, each gradient in its own
@@ -50,11 +57,14 @@ def lora_linear(
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(base.dtype)
     _check(x, base, A, B, scale)
-    backend = choose("lora_linear", _ORDER, backend, x.device)
+    backend = choose("lora_linear", _ORDER, backend, x.device, x.dtype)
     if backend == "reference":
         with torch.autocast(x.device.type, enabled=False):
             return reference.lora_linear(x, base, A, B, scale)
     grad_enabled = torch.is_grad_enabled()
+    if B_is_zero:
+        needed = grad_enabled and B.requires_grad
+        return _ZeroB.apply(base, x, A, B, scale, backend) if needed else base
     out, _ = torch.ops.memdlm.lora_linear(
         x,
         base,
@@ -99,9 +109,26 @@ def _check(x: Tensor, base: Tensor, A: Tensor, B: Tensor, scale: float) -> None:
         raise ValueError(f"scale must be finite, got {scale}")
 
 
-_ORDER = (CPU, REFERENCE)
-_FORWARD = {"cpu": cpu.lora_linear}
-_BACKWARD = {"cpu": cpu.lora_linear_backward}
+def _triton_unfit(device: torch.device, dtype: torch.dtype) -> str | None:
+    if dtype == torch.float64:
+        return f"x must be float32, bfloat16 or float16, got {dtype}"
+    return TRITON.unfit(device)
+
+
+# Only Triton looks at more than the device.
+_ORDER = (
+    Backend(CPU.name, lambda device, _: CPU.unfit(device)),
+    Backend(TRITON.name, _triton_unfit),
+    Backend(REFERENCE.name, lambda device, _: REFERENCE.unfit(device)),
+)
+
+
+def _module(backend: str) -> Any:
+    if backend == "cpu":
+        return cpu
+    from memdlm_kernels.lora_linear import triton
+
+    return triton
 
 
 @torch.library.custom_op("memdlm::lora_linear", mutates_args=())
@@ -117,7 +144,7 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """(out [..., out], shrink [..., R] = scale * x Aᵀ: empty where grad_B is not needed)."""
-    out, shrink = _FORWARD[backend](x, base, A, B, scale)
+    out, shrink = _module(backend).lora_linear(x, base, A, B, scale)
     return out, shrink if need_grad_B else shrink.new_empty(0)
 
 
@@ -152,7 +179,7 @@ def _backward(
 
     x is given where grad_A is needed, shrink (scale * x Aᵀ) where grad_B is.
     """
-    return _BACKWARD[backend](grad_out, x, shrink, A, B, scale, need_grad_x)
+    return _module(backend).lora_linear_backward(grad_out, x, shrink, A, B, scale, need_grad_x)
 
 
 @_backward.register_fake
@@ -202,6 +229,42 @@ def _autograd(ctx: Any, grad_out: Tensor, _: None) -> tuple[Tensor | None, ...]:
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
+@torch.library.custom_op("memdlm::lora_linear_grad_B", mutates_args=())
+def _grad_B(
+    grad_out: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, backend: str
+) -> Tensor:
+    """The gradient of B without a forward pass; of B itself no value is read."""
+    module = _module(backend)
+    shrink = module.shrink_of(x, A, scale)
+    return module.lora_linear_backward(grad_out, None, shrink, A, B, scale, False)[2]
+
+
+@_grad_B.register_fake
+def _(grad_out: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, backend: str) -> Tensor:
+    return B.new_empty(B.shape)
+
+
+class _ZeroB(torch.autograd.Function):
+    """base itself, with the gradient of a B that holds zeros: an op may not alias its input."""
+
+    @staticmethod
+    def forward(
+        base: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, backend: str
+    ) -> Tensor:
+        return base.view_as(base)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, x, A, B, ctx.scale, ctx.backend = inputs
+        ctx.save_for_backward(x, A, B)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, A, B = ctx.saved_tensors
+        grad_B = torch.ops.memdlm.lora_linear_grad_B(grad_out, x, A, B, ctx.scale, ctx.backend)
+        return grad_out, None, None, grad_B, None, None
+
+
 def _forward_flops(x: Shape, base: Shape, A: Shape, *_: Any, **__: Any) -> int:
     return 2 * math.prod(x[:-1]) * A[-2] * (x[-1] + base[-1])
 
@@ -224,7 +287,12 @@ def _backward_flops(
     return 2 * math.prod(grad_out[:-1]) * A[-2] * columns
 
 
+def _grad_B_flops(grad_out: Shape, x: Shape, A: Shape, *_: Any, **__: Any) -> int:
+    return _forward_flops(x, grad_out, A)
+
+
 FLOP_FORMULAS = {
     torch.ops.memdlm.lora_linear: _forward_flops,
     torch.ops.memdlm.lora_linear_backward: _backward_flops,
+    torch.ops.memdlm.lora_linear_grad_B: _grad_B_flops,
 }
