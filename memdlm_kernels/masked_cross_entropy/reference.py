@@ -18,3 +18,20 @@ def masked_cross_entropy(
     label = torch.where(keep, target, 0)
     nll = lse - logits.gather(-1, label[..., None]).squeeze(-1)
     return torch.where(keep, nll, 0), torch.where(keep, lse, 0).detach()
+
+
+def masked_cross_entropy_(
+    logits: Tensor, target: Tensor, ignore_index: int, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """The same, with d nll / d logits over the logits."""
+    with torch.enable_grad():
+        leaf = logits.detach().requires_grad_()
+        nll, lse = masked_cross_entropy(leaf, target, ignore_index, softcap)
+        (grad_logits,) = torch.autograd.grad(nll.sum(), leaf)
+    logits.copy_(grad_logits)
+    return nll.detach(), lse
+
+
+def scale_rows_(grad_logits: Tensor, grad_nll: Tensor, target: Tensor, ignore_index: int) -> None:
+    scale = torch.where(target == ignore_index, 0, grad_nll)
+    grad_logits.mul_(scale.unsqueeze(-1))

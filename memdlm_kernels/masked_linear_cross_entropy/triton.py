@@ -10,7 +10,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memdlm_kernels._triton.cross_entropy import capped, nll_of, times_slope
+from memdlm_kernels._triton.add_rows import add_rows, groups, scatter_rows
+from memdlm_kernels._triton.cross_entropy import (
+    LOWEST,
+    add_words,
+    load_logits,
+    load_others,
+    store_zeros,
+    times_slope,
+    write_nll,
+)
 from memdlm_kernels._triton.product import product_
 
 # Bytes of logits that fit the second-level cache of an A100 (40 MiB) or a later GPU.
@@ -19,45 +28,6 @@ _CHUNK_BYTES = 32 * 2**20
 _FEWEST_ROWS = 1024
 _COLUMNS_STEP = 128  # whole tiles of a product, and rows that begin on 16 bytes
 _WIDEST_BLOCK = 8192  # words that a program holds at a time
-
-_LOWEST = tl.constexpr(-3.4028234663852886e38)
-# How far a logit may exceed the row's reference before it becomes the reference. Every change costs
-# a scaling of the row's sum of p * W; but p of a word that dominates the others is exact in
-# bfloat16 only where that word is the reference.
-_LAG = tl.constexpr(2.0)
-
-
-@triton.jit
-def load_logits(logits, bias, column, words, softcap, BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
-    value = tl.load(logits + column, mask=column < words, other=0.0)  # [BV]
-    if BIAS:
-        value += tl.load(bias + column, mask=column < words, other=0.0).to(tl.float32)
-    value = capped(value, softcap, SOFTCAP)
-    return tl.where(column < words, value, float("-inf"))
-
-
-@triton.jit
-def load_others(
-    logits, bias, column, words, label, softcap, BIAS: tl.constexpr, SOFTCAP: tl.constexpr
-):
-    value = load_logits(logits, bias, column, words, softcap, BIAS, SOFTCAP)
-    return tl.where(column == label, float("-inf"), value)
-
-
-@triton.jit
-def add_words(value, reference, others):
-    """Take a block of logits into a row's (reference, sum of exp(logit - reference))."""
-    highest = tl.max(value, 0)
-    raised = tl.where(highest > reference + _LAG, highest, reference)
-    others = others * tl.exp(reference - raised) + tl.sum(tl.exp(value - raised), 0)
-    return raised, others
-
-
-@triton.jit
-def store_zeros(out, words, BLOCK: tl.constexpr):
-    for start in range(0, words, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        tl.store(out + column, tl.zeros([BLOCK], out.dtype.element_ty), mask=column < words)
 
 
 @triton.jit
@@ -99,7 +69,7 @@ def forward_tile_kernel(
     if BIAS:
         bias += first_word
     if FIRST:
-        before = tl.full([], _LOWEST, tl.float32)
+        before = tl.full([], LOWEST, tl.float32)
         summed = tl.full([], 0.0, tl.float32)
         chosen = tl.full([], float("nan"), tl.float32)  # stays where the target is no word
     else:
@@ -137,40 +107,6 @@ def forward_tile_kernel(
             tl.debug_barrier()
             p = p.to(probabilities.dtype.element_ty)
             tl.store(probabilities + start + column, p, mask=start + column < words)
-
-
-@triton.jit
-def nll_kernel(
-    target,
-    reference,
-    others,
-    target_logit,
-    nll,
-    lse,
-    factor,
-    coefficient,
-    rows,
-    ignore_index,
-    softcap,
-    STASH: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    PEAK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BM]
-    inside = row < rows
-    keep = inside & (tl.load(target + row, mask=inside, other=0) != ignore_index)
-    highest = tl.load(reference + row, mask=keep, other=0.0)
-    summed = tl.load(others + row, mask=keep, other=1.0)
-    chosen = tl.load(target_logit + row, mask=keep, other=0.0)
-    loss, missing = nll_of(highest, summed, chosen)  # missing: 1 - p(target)
-    tl.store(nll + row, tl.where(keep, loss, 0.0), mask=inside)
-    tl.store(lse + row, tl.where(keep, chosen + loss, 0.0), mask=inside)
-    if STASH:
-        # What the others have together, over their sum: exp(reference - lse) with more digits.
-        scale = tl.where(summed == 0, 0.0, missing / (summed * PEAK))
-        tl.store(factor + row, scale, mask=keep)
-        tl.store(coefficient + row, times_slope(-missing, chosen, softcap, SOFTCAP), mask=keep)
 
 
 @triton.jit
@@ -244,46 +180,6 @@ def backward_tile_kernel(
         tl.store(probabilities + column, p.to(probabilities.dtype.element_ty), mask=column < words)
 
 
-@triton.jit
-def add_rows_kernel(
-    out,
-    coefficient,
-    source,
-    order,
-    key,
-    end,
-    first_key,
-    keys,
-    columns,
-    out_row,
-    source_row,
-    SOURCE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """out[key[k] - first_key] += sum over k of coefficient[order[k]] * source[order[k]].
-
-    `key` is sorted and `end[k]` is where its run of equal keys ends. The first of a run adds all of
-    it, always in the same order: nothing is added twice, and the result does not vary.
-    """
-    k = tl.program_id(0)
-    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BC]
-    this = tl.load(key + k)
-    previous = tl.load(key + k - 1, mask=k > 0, other=0)
-    this_row = this - first_key
-    if ((k == 0) | (previous != this)) & (this_row >= 0) & (this_row < keys):
-        out += this_row * out_row
-        total = tl.load(out + c, mask=c < columns, other=0.0).to(tl.float32)
-        for position in range(k, tl.load(end + k).to(tl.int32)):
-            row = tl.load(order + position)
-            scale = tl.load(coefficient + row)
-            if SOURCE:
-                value = tl.load(source + row * source_row + c, mask=c < columns, other=0.0)
-                total += scale * value.to(tl.float32)
-            else:
-                total += scale
-        tl.store(out + c, total.to(out.dtype.element_ty), mask=c < columns)
-
-
 def masked_linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -311,7 +207,7 @@ def masked_linear_cross_entropy(
     peak = 4096.0 if hidden.dtype == torch.float16 else 1.0
     for first in range(0, rows, chunk):
         count = min(chunk, rows - first)
-        part = [tensor.narrow(0, first, count) for tensor in (target, nll, lse)]
+        label = target.narrow(0, first, count)
         total = stash.narrow(0, first, count) if need_stash else stash
         if index is None or gathered is None:
             h = hidden.narrow(0, first, count)
@@ -327,7 +223,7 @@ def masked_linear_cross_entropy(
                 logits,
                 probabilities,
                 bias,
-                part[0],
+                label,
                 reference,
                 others,
                 target_logit,
@@ -352,25 +248,12 @@ def masked_linear_cross_entropy(
             )
             if need_stash:
                 product_(total, probabilities, w, accumulate=first_word > 0)
-        nll_kernel[(triton.cdiv(count, 128),)](
-            part[0],
-            reference,
-            others,
-            target_logit,
-            part[1],
-            part[2],
-            factor,
-            coefficient,
-            count,
-            ignore_index,
-            softcap or 0.0,
-            STASH=need_stash,
-            SOFTCAP=softcap is not None,
-            PEAK=peak,
-            BLOCK=128,
-        )
+        state = (reference, others, target_logit)
+        gradient = (factor, coefficient) if need_stash else None
+        losses = nll.narrow(0, first, count), lse.narrow(0, first, count)
+        write_nll(label, *losses, state, gradient, ignore_index, softcap, peak)
         if need_stash:
-            _finish_rows(total, total, factor, coefficient, weight, part[0], ignore_index)
+            _finish_rows(total, total, factor, coefficient, weight, label, ignore_index)
     return nll, lse, stash
 
 
@@ -415,7 +298,7 @@ def masked_linear_cross_entropy_backward(
     tile = _Tile(nll, chunk, columns, dtype)
     grad_rows = nll.new_empty((rows, depth) if need_grad_hidden else (0,))
     grad_words = nll.new_empty((columns, depth) if need_grad_weight else (0,))
-    groups = _groups(target)
+    words_read = groups(target)
     # The words are the outer loop: the gradient of W is complete, and rounded once, tile by tile.
     for first_word in range(0, vocabulary, columns):
         words = min(columns, vocabulary - first_word)
@@ -455,10 +338,10 @@ def masked_linear_cross_entropy_backward(
                 torch.add(sums, part if first > 0 else 0.0, out=part)
         if need_grad_weight:
             part = grad_words.narrow(0, 0, words)
-            _add_rows(part, scaled_coefficient, h, groups, first_word)
+            add_rows(part, scaled_coefficient, h, words_read, first_word)
             torch.mul(part, _inverse(scale), out=grad_weight.narrow(0, first_word, words))
     if need_grad_bias:
-        _add_rows(grad_bias.unsqueeze(1), scaled_coefficient, None, groups, 0)
+        add_rows(grad_bias.unsqueeze(1), scaled_coefficient, None, words_read, 0)
         torch.mul(grad_bias, _inverse(scale), out=grad_bias)
     if need_grad_hidden:
         factor = None if scale is None else torch.ones_like(nll) / scale
@@ -466,7 +349,7 @@ def masked_linear_cross_entropy_backward(
         _finish_rows(out, grad_rows, factor, coefficient, weight, target, ignore_index)
         if index is not None:
             ones = torch.ones_like(nll)
-            out = _scatter_rows(ones, grad_rows, index, count_hidden, dtype)
+            out = scatter_rows(ones, grad_rows, index, count_hidden, dtype)
         return out, grad_weight, grad_bias.to(dtype)
     return hidden.new_empty(0), grad_weight, grad_bias.to(dtype)
 
@@ -475,7 +358,7 @@ def masked_linear_cross_entropy_stash_backward(
     grad_nll: Tensor, stash: Tensor, index: Tensor | None, rows: int, dtype: torch.dtype
 ) -> Tensor:
     if index is not None:
-        return _scatter_rows(grad_nll, stash, index, rows, dtype)
+        return scatter_rows(grad_nll, stash, index, rows, dtype)
     out = stash.new_empty(stash.shape, dtype=dtype)
     return torch.mul(grad_nll.unsqueeze(1), stash, out=out)
 
@@ -538,46 +421,6 @@ def _finish_rows(
         FACTOR=factor is not None,
         BLOCK_D=block,
     )
-
-
-def _groups(key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(order, sorted keys, end of each one's run): rows with equal keys, next to each other."""
-    key, order = torch.sort(key, stable=True)
-    return order, key, torch.searchsorted(key, key, right=True)
-
-
-def _add_rows(
-    out: Tensor,
-    coefficient: Tensor,
-    source: Tensor | None,
-    groups: tuple[Tensor, Tensor, Tensor],
-    first_key: int,
-) -> None:
-    columns = out.shape[1]
-    block = _depth_block(columns)
-    add_rows_kernel[(coefficient.shape[0], triton.cdiv(columns, block))](
-        out,
-        coefficient,
-        source,
-        *groups,
-        first_key,
-        out.shape[0],
-        columns,
-        out.stride(0),
-        0 if source is None else source.stride(0),
-        SOURCE=source is not None,
-        BLOCK=block,
-    )
-
-
-def _scatter_rows(
-    coefficient: Tensor, rows: Tensor, index: Tensor, count: int, dtype: torch.dtype
-) -> Tensor:
-    """[count, D] with coefficient * rows at `index`, rounded once, after duplicates add up."""
-    out = rows.new_zeros((count, rows.shape[1]), dtype=dtype)
-    if index.shape[0] > 0:
-        _add_rows(out, coefficient.contiguous(), rows, _groups(index), 0)
-    return out
 
 
 def _scale(grad_nll: Tensor) -> Tensor:

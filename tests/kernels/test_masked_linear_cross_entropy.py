@@ -17,6 +17,11 @@ BACKENDS = pytest.mark.parametrize(("backend", "device"), backends("cpu", "trito
 TRAINABLE = pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
 
 
+@pytest.fixture(autouse=True)
+def same_numbers_every_time():
+    torch.manual_seed(0)
+
+
 def with_dtypes(*dtypes):
     """Parameters (backend, device, dtype): every one that the backend has."""
     return pytest.mark.parametrize(
