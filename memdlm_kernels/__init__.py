@@ -13,6 +13,7 @@ from memdlm_kernels.grouped_lora_linear import grouped_lora_linear
 from memdlm_kernels.lora_linear import lora_linear
 from memdlm_kernels.masked_cross_entropy import masked_cross_entropy
 from memdlm_kernels.masked_linear_cross_entropy import masked_linear_cross_entropy
+from memdlm_kernels.masked_linear_kl import masked_linear_kl
 
 __all__ = [
     "build_info",
@@ -23,4 +24,5 @@ __all__ = [
     "lora_linear",
     "masked_cross_entropy",
     "masked_linear_cross_entropy",
+    "masked_linear_kl",
 ]

@@ -13,6 +13,7 @@ from memdlm_kernels.grouped_lora_linear.op import FLOP_FORMULAS as GROUPED_LORA_
 from memdlm_kernels.lora_linear.op import FLOP_FORMULAS as LORA_LINEAR
 from memdlm_kernels.masked_cross_entropy.op import FLOP_FORMULAS as MASKED_CROSS_ENTROPY
 from memdlm_kernels.masked_linear_cross_entropy.op import FLOP_FORMULAS as MASKED_LINEAR
+from memdlm_kernels.masked_linear_kl.op import FLOP_FORMULAS as MASKED_LINEAR_KL
 
 for _op, _formula in {
     **GROUPED_LINEAR,
@@ -20,6 +21,7 @@ for _op, _formula in {
     **LORA_LINEAR,
     **MASKED_CROSS_ENTROPY,
     **MASKED_LINEAR,
+    **MASKED_LINEAR_KL,
 }.items():
     _register: Callable[[Any], Any] = register_flop_formula(_op)
     _register(_formula)
