@@ -42,17 +42,24 @@ def _unfit(
 GROUPED_MM = Backend("grouped_mm", _unfit)
 
 
+def shrink_of(x: Tensor, A: Tensor, B: Tensor, offsets: Tensor, scale: float) -> Tensor:
+    shrink = x.new_empty(x.shape[0], A.shape[-2])
+    if x.shape[0] > 0:
+        ends = offsets.flatten().contiguous()
+        product = F.grouped_mm(_rows(x), _by_group(A, x.dtype).mT, offs=ends)
+        torch.mul(product, scale, out=shrink)
+    return shrink
+
+
 def grouped_lora_linear(
     x: Tensor, base: Tensor, A: Tensor, B: Tensor, offsets: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     out = base.new_empty(base.shape)
-    shrink = x.new_empty(x.shape[0], A.shape[-2])
+    shrink = shrink_of(x, A, B, offsets, scale)
     if x.shape[0] == 0:
         return out, shrink
     projections = A.shape[-2] // B.shape[-1]
     ends = offsets.flatten().contiguous()
-    product = F.grouped_mm(_rows(x), _by_group(A, x.dtype).mT, offs=ends)  # [N, P * R]
-    torch.mul(product, scale, out=shrink)
     for o, b, s, w in zip(
         out.chunk(projections, -1),  # P of [N, out / P]
         base.chunk(projections, -1),

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memdlm_kernels._backends import CPU, REFERENCE, Backend, choose
+from memdlm_kernels._backends import CPU, REFERENCE, TRITON, Backend, choose
+from memdlm_kernels._offsets import check_offsets
 from memdlm_kernels.grouped_lora_linear import cpu, grouped_mm, reference
 
 Shape = Sequence[int]
@@ -21,17 +22,19 @@ def grouped_lora_linear(
     offsets: Tensor,
     scale: float,
     *,
+    B_is_zero: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Add the experts' low-rank updates of fast weights to the output of their frozen layer.
 
     Replaces, for each group of rows x[begin:end] of one expert e,
-    `base[begin:end] + scale * (x[begin:end] @ A[e].mT) @ B[e].mT`. By "cpu", neither the update
-    [N, out] nor its scaled copy is allocated, in forward or backward; "grouped_mm" allocates the
-    update of one projection at a time, [N, out / P], and no scaled copy. P projections of the same
-    input (a gate and an up projection) may be stacked: then the shrink `x @ A.mT` is one product
-    for them all, and block p of the columns of out is the product of its own R columns with the
-    rows of B[e] in block p.
+    `base[begin:end] + scale * (x[begin:end] @ A[e].mT) @ B[e].mT`. By "cpu" and "triton", neither
+    the update [N, out] nor its scaled copy is allocated, in forward or backward; "grouped_mm"
+    allocates the update of one projection at a time, [N, out / P], and no scaled copy. With
+    `B_is_zero` nothing is computed or allocated in forward, and in backward only grad_B. P
+    projections of the same input (a gate and an up projection) may be stacked: then the shrink
+    `x @ A.mT` is one product for them all, and block p of the columns of out is the product of its
+    own R columns with the rows of B[e] in block p.
 
     Args:
         x: [N, in], float32, bfloat16, float64 or float16; the frozen layer's input, its rows
@@ -46,12 +49,17 @@ def grouped_lora_linear(
             one N. A group may be empty. Looked at where that is free: on the CPU, and not while
             compiling.
         scale: finite; lora_alpha / R.
-        backend: "cpu", "grouped_mm" or "reference"; None takes the first that fits. "cpu" takes CPU
-            tensors. "grouped_mm" takes float32, bfloat16 and float16 on the CPU and on CUDA, if the
-            rows of in, out / P and R elements are multiples of 16 bytes, and up to 1,023 groups
-            (E, or E * S). It never waits for the GPU in bfloat16 on sm90 and sm100; elsewhere
-            torch's own grouped_mm reads offsets on the host. "reference" reads them there too, so a
-            compiled graph breaks.
+        B_is_zero: a promise that B holds zeros, as fast weights do before their first step. Its
+            values are then never read, so a broken promise goes unnoticed. The result
+            shares base's memory; x and A get no gradient from it (None, where the op's would be
+            zeros). The reference computes the whole expression all the same.
+        backend: "cpu", "triton", "grouped_mm" or "reference"; None takes the first that fits. "cpu"
+            takes CPU tensors. "triton" takes all dtypes but float64 on a GPU from sm_80 on, up to
+            4,096 groups (E, or E * S), and never waits for it. "grouped_mm" takes float32, bfloat16
+            and float16 on the CPU and on CUDA, if the rows of in, out / P and R elements are
+            multiples of 16 bytes, and up to 1,023 groups. It never waits for the GPU in bfloat16 on
+            sm90 and sm100; elsewhere torch's own grouped_mm reads offsets on the host. "reference"
+            reads them there too, so a compiled graph breaks.
 
     Returns:
         [N, out] in base's dtype. Differentiable in x, base, A and B, each gradient in its own
@@ -74,6 +82,9 @@ def grouped_lora_linear(
         with torch.autocast(x.device.type, enabled=False):
             return reference.grouped_lora_linear(x, base, A, B, offsets, scale)
     grad_enabled = torch.is_grad_enabled()
+    if B_is_zero:
+        needed = grad_enabled and B.requires_grad
+        return _ZeroB.apply(base, x, A, B, offsets, scale, backend) if needed else base
     out, _ = torch.ops.memdlm.grouped_lora_linear(
         x,
         base,
@@ -121,41 +132,40 @@ def _check(x: Tensor, base: Tensor, A: Tensor, B: Tensor, offsets: Tensor, scale
             f"A must have P * R = P * {rank} rows for B {list(B.shape)}, with a P of at least 1 "
             f"that divides out = {out}, got {list(A.shape)}"
         )
-    _check_offsets(offsets, groups[::-1], x.shape[0])
+    check_offsets(offsets, groups[::-1], x.shape[0], "A")
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
 
 
-def _check_offsets(offsets: Tensor, shape: Shape, rows: int) -> None:
-    if offsets.dtype != torch.int32 or list(offsets.shape) != shape or offsets.numel() == 0:
-        raise ValueError(
-            f"offsets must be int32 {shape} for A, and not empty, got {offsets.dtype} "
-            f"{list(offsets.shape)}"
-        )
-    if offsets.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    ends = offsets.flatten()
-    first, last = ends[0].item(), ends[-1].item()
-    if first < 0 or last != rows:
-        raise ValueError(f"offsets must run from 0 or more to N = {rows}, got {first} to {last}")
-    if (ends[1:] < ends[:-1]).any():
-        raise ValueError(f"offsets must ascend, got {offsets.tolist()}")
+_MOST_TRITON_GROUPS = 4096  # each program looks at the ends of all of them
 
 
-# Only GROUPED_MM looks at more than the device.
+def _triton_unfit(device: torch.device, dtype: torch.dtype, *sizes: int) -> str | None:
+    if dtype == torch.float64:
+        return f"x must be float32, bfloat16 or float16, got {dtype}"
+    *_, groups = sizes
+    if groups > _MOST_TRITON_GROUPS:
+        return f"there must be at most {_MOST_TRITON_GROUPS} groups, got {groups}"
+    return TRITON.unfit(device)
+
+
+# CPU and REFERENCE look at the device alone.
 _ORDER = (
     Backend(CPU.name, lambda device, *_: CPU.unfit(device)),
+    Backend(TRITON.name, _triton_unfit),
     grouped_mm.GROUPED_MM,
     Backend(REFERENCE.name, lambda device, *_: REFERENCE.unfit(device)),
 )
-_FORWARD = {
-    "cpu": cpu.grouped_lora_linear,
-    "grouped_mm": grouped_mm.grouped_lora_linear,
-}
-_BACKWARD = {
-    "cpu": cpu.grouped_lora_linear_backward,
-    "grouped_mm": grouped_mm.grouped_lora_linear_backward,
-}
+
+
+def _module(backend: str) -> Any:
+    if backend == "cpu":
+        return cpu
+    if backend == "grouped_mm":
+        return grouped_mm
+    from memdlm_kernels.grouped_lora_linear import triton
+
+    return triton
 
 
 @torch.library.custom_op("memdlm::grouped_lora_linear", mutates_args=())
@@ -172,7 +182,7 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """(out [N, out], shrink [N, P * R] = scale * x Aᵀ: empty where grad_B is not needed)."""
-    out, shrink = _FORWARD[backend](x, base, A, B, offsets, scale)
+    out, shrink = _module(backend).grouped_lora_linear(x, base, A, B, offsets, scale)
     return out, shrink if need_grad_B else shrink.new_empty(0)
 
 
@@ -209,7 +219,9 @@ def _backward(
 
     x is given where grad_A is needed, shrink (scale * x Aᵀ) where grad_B is.
     """
-    return _BACKWARD[backend](grad_out, x, shrink, A, B, offsets, scale, need_grad_x)
+    return _module(backend).grouped_lora_linear_backward(
+        grad_out, x, shrink, A, B, offsets, scale, need_grad_x
+    )
 
 
 @_backward.register_fake
@@ -263,6 +275,64 @@ def _autograd(ctx: Any, grad_out: Tensor, _: None) -> tuple[Tensor | None, ...]:
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
+@torch.library.custom_op("memdlm::grouped_lora_linear_grad_B", mutates_args=())
+def _grad_B(
+    grad_out: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    offsets: Tensor,
+    scale: float,
+    backend: str,
+) -> Tensor:
+    """The gradient of B without a forward pass; of B itself no value is read."""
+    module = _module(backend)
+    shrink = module.shrink_of(x, A, B, offsets, scale)
+    grads = module.grouped_lora_linear_backward(grad_out, None, shrink, A, B, offsets, scale, False)
+    return grads[2]
+
+
+@_grad_B.register_fake
+def _(
+    grad_out: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    offsets: Tensor,
+    scale: float,
+    backend: str,
+) -> Tensor:
+    return B.new_empty(B.shape)
+
+
+class _ZeroB(torch.autograd.Function):
+    """base itself, with the gradient of a B that holds zeros: an op may not alias its input."""
+
+    @staticmethod
+    def forward(
+        base: Tensor,
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        offsets: Tensor,
+        scale: float,
+        backend: str,
+    ) -> Tensor:
+        return base.view_as(base)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, x, A, B, offsets, ctx.scale, ctx.backend = inputs
+        ctx.save_for_backward(x, A, B, offsets)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        grad_B = torch.ops.memdlm.grouped_lora_linear_grad_B(
+            grad_out, *ctx.saved_tensors, ctx.scale, ctx.backend
+        )
+        return grad_out, None, None, grad_B, None, None, None
+
+
 def _forward_flops(x: Shape, base: Shape, A: Shape, B: Shape, *_: Any, **__: Any) -> int:
     return 2 * x[0] * (A[-2] * x[1] + B[-1] * base[1])
 
@@ -285,7 +355,12 @@ def _backward_flops(
     return 2 * grad_out[0] * (through_B * B[-1] * grad_out[1] + through_A * A[-2] * A[-1])
 
 
+def _grad_B_flops(grad_out: Shape, x: Shape, A: Shape, B: Shape, *_: Any, **__: Any) -> int:
+    return _forward_flops(x, grad_out, A, B)
+
+
 FLOP_FORMULAS = {
     torch.ops.memdlm.grouped_lora_linear: _forward_flops,
     torch.ops.memdlm.grouped_lora_linear_backward: _backward_flops,
+    torch.ops.memdlm.grouped_lora_linear_grad_B: _grad_B_flops,
 }

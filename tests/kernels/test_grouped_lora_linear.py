@@ -10,22 +10,35 @@ import memdlm_kernels.flops  # noqa: F401 - registers the formulas
 from memdlm_kernels import grouped_lora_linear
 from memdlm_kernels._backends import choose
 from memdlm_kernels.grouped_lora_linear import grouped_mm, op, reference
+from tests.kernels.devices import backends
 from tests.kernels.truth import assert_as_accurate
 
-BACKENDS = ["cpu", "grouped_mm"]
+BACKENDS = backends("cpu", "triton", "grouped_mm@cpu")
+WITH_REFERENCE = backends("cpu", "triton", "grouped_mm@cpu", "reference")
 # lora_alpha / R of the paper, and as in test_lora_linear.py a power of two.
 SCALE = 2.0
 NAMES = ("x", "base", "A", "B")
 GROUPED_MM = torch.nn.functional.grouped_mm
 
 
-def offsets_of(lengths):
+def offsets_of(lengths, device="cpu"):
     """Offsets [E], or [E, S] where each expert has a list of lengths."""
     lengths = torch.tensor(lengths)
-    return lengths.flatten().cumsum(0).to(torch.int32).view(lengths.shape)
+    return lengths.flatten().cumsum(0).to(device, torch.int32).view(lengths.shape)
 
 
-def inputs(lengths, columns, out, rank, projections=1, *, dtype, weight_dtype=None, grad=True):
+def inputs(
+    lengths,
+    columns,
+    out,
+    rank,
+    projections=1,
+    *,
+    dtype,
+    weight_dtype=None,
+    grad=True,
+    device="cpu",
+):
     """((x, base, A, B), offsets)."""
     torch.manual_seed(0)
     weight_dtype = weight_dtype or dtype
@@ -37,7 +50,8 @@ def inputs(lengths, columns, out, rank, projections=1, *, dtype, weight_dtype=No
         (torch.randn(*groups, projections * rank, columns) / math.sqrt(columns)).to(weight_dtype),
         torch.randn(*groups, out, rank).to(weight_dtype),
     )
-    return tuple(tensor.requires_grad_(grad) for tensor in tensors), offsets
+    tensors = tuple(tensor.to(device).requires_grad_(grad) for tensor in tensors)
+    return tensors, offsets.to(device)
 
 
 def fitted(backend, columns, out, rank, projections=1):
@@ -64,6 +78,8 @@ def poisoned():
 
 @pytest.fixture(params=[1, 4])
 def threads(request):
+    if request.param > 1 and request.node.callspec.params.get("backend") == "triton":
+        pytest.skip("uses no thread of torch's")
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param
@@ -77,21 +93,23 @@ SHAPES = {
     "odd, P 2": ([3, 7, 11], 33, 66, 5, 2),
     "rank 1, P 3": ([4, 2], 17, 9, 1, 3),
     "rank above the width": ([6, 5], 4, 6, 8, 2),
-    "empty first": ([0, 4, 3], 8, 6, 2, 2),
-    "empty in the middle": ([4, 0, 0, 3], 8, 6, 2, 2),
-    "empty last": ([4, 3, 0], 8, 6, 2, 2),
-    "all rows in one": ([0, 0, 30, 0], 8, 6, 2, 2),
+    "empty first": ([0, 4, 3], 24, 30, 5, 2),
+    "empty in the middle": ([4, 0, 0, 3], 24, 30, 5, 2),
+    "empty last": ([4, 3, 0], 24, 30, 5, 2),
+    "all rows in one": ([0, 0, 30, 0], 24, 30, 5, 2),
     "no row": ([0, 0, 0], 8, 6, 2, 2),
     "per sample": ([[3, 5], [2, 7], [4, 1]], 33, 66, 5, 2),
     "per sample, some empty": ([[0, 5, 0], [0, 0, 0], [4, 1, 0]], 33, 65, 5, 1),
     "per sample, no row": ([[0, 0], [0, 0]], 8, 6, 2, 2),
     # 4 threads cut the first group, and its 3 columns are fewer than their shares of it.
     "many rows": ([290, 0, 1, 30], 3, 130, 32, 2),
+    "rank 64, P 2": ([70, 0, 5], 40, 48, 64, 2),
+    "rank 150": ([5, 9], 20, 24, 150, 1),
 }
 
 
 @pytest.mark.usefixtures("poisoned", "threads")
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(
     ("dtype", "weight_dtype"),
@@ -102,11 +120,13 @@ SHAPES = {
         (torch.float16, torch.float32),
     ],
 )
-def test_matches_truth(backend, dtype, weight_dtype, shape):
+def test_matches_truth(backend, device, dtype, weight_dtype, shape):
     lengths, *sizes = SHAPES[shape]
     sizes = fitted(backend, *sizes)
-    tensors, offsets = inputs(lengths, *sizes, dtype=dtype, weight_dtype=weight_dtype)
-    grad_out = torch.randn(tensors[1].shape).to(dtype)
+    tensors, offsets = inputs(
+        lengths, *sizes, dtype=dtype, weight_dtype=weight_dtype, device=device
+    )
+    grad_out = torch.randn(tensors[1].shape).to(device, dtype)
     actual = outputs(tensors, offsets, grad_out, backend)
     expected = outputs(tensors, offsets, grad_out, "reference")
     # The truth casts A and B too: what is judged is the arithmetic, not the dtype asked for.
@@ -154,47 +174,50 @@ def test_is_the_dense_product_of_each_row(backend):
         torch.testing.assert_close(out[row], base[row] + SCALE * torch.cat([gate, up]))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_per_sample_is_each_sample_alone(backend):
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_per_sample_is_each_sample_alone(backend, device):
     """Even where another sample is not finite."""
     lengths = torch.tensor([[3, 0, 4], [2, 5, 1]])
     sizes = fitted(backend, 8, 6, 2, 2)
-    tensors, offsets = inputs(lengths.tolist(), *sizes, dtype=torch.float32, grad=False)
-    sample = torch.arange(3).repeat(2).repeat_interleave(lengths.flatten())
+    tensors, offsets = inputs(
+        lengths.tolist(), *sizes, dtype=torch.float32, grad=False, device=device
+    )
+    sample = torch.arange(3).repeat(2).repeat_interleave(lengths.flatten()).to(device)
     tensors[0][sample == 2] = math.nan
     tensors = tuple(tensor.requires_grad_() for tensor in tensors)
-    grad_out = torch.randn(15, sizes[1])
+    grad_out = torch.randn(15, sizes[1], device=device)
     together = outputs(tensors, offsets, grad_out, backend)
     for s in range(3):
         mine = (sample == s,) * 3 + (s,) * 2
         x, base, A, B = (t[i].detach() for t, i in zip(tensors, mine[1:], strict=True))
         one = tuple(tensor.requires_grad_() for tensor in (x, base, A, B))
-        alone = outputs(one, offsets_of(lengths[:, s].tolist()), grad_out[sample == s], backend)
+        mine_alone = offsets_of(lengths[:, s].tolist(), device)
+        alone = outputs(one, mine_alone, grad_out[sample == s], backend)
         for whole, index, part in zip(together, mine, alone, strict=True):
             torch.testing.assert_close(whole[index], part, equal_nan=True)
             assert s == 2 or part.isfinite().all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
 @pytest.mark.parametrize("lengths", [[3, 0, 2], [0, 1, 0], [[1, 2], [0, 1], [0, 1]]])
-def test_strides(backend, lengths):
+def test_strides(backend, device, lengths):
     """Transposed x, expanded base, A and B in a flat buffer, and the stride-0 gradient of a sum."""
-    offsets = offsets_of(lengths)
+    offsets = offsets_of(lengths, device)
     columns, out, rank, _ = fitted(backend, 8, 6, 2, 2)
     sets, (in_A, in_B) = offsets.shape[1:], (3 * 2 * rank * columns, 3 * out * rank)
-    flat = torch.randn(*sets, 5 + in_A + in_B)
+    flat = torch.randn(*sets, 5 + in_A + in_B, device=device)
     rows = offsets.flatten()[-1]
     tensors = (
-        torch.randn(columns, rows).mT,
-        torch.randn(out).expand(rows, out),
+        torch.randn(columns, rows, device=device).mT,
+        torch.randn(out, device=device).expand(rows, out),
         flat[..., 5 : 5 + in_A].unflatten(-1, (3, 2 * rank, columns)),
         flat[..., 5 + in_A :].unflatten(-1, (3, rank, out)).mT,
     )
     tensors = tuple(tensor.detach().requires_grad_() for tensor in tensors)
     before = tensors[1].detach().clone()
-    spread = torch.zeros(*offsets.shape, 2, dtype=torch.int32)
+    spread = torch.zeros(*offsets.shape, 2, dtype=torch.int32, device=device)
     spread[..., 0] = offsets
-    grad_out = torch.ones(()).expand(rows, out)
+    grad_out = torch.ones((), device=device).expand(rows, out)
     actual, expected = (
         outputs(tensors, spread[..., 0], grad_out, name) for name in (backend, "reference")
     )
@@ -203,11 +226,11 @@ def test_strides(backend, lengths):
     assert torch.equal(tensors[1], before)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
 @pytest.mark.parametrize("needed", ["x", "base", "A", "B", "xbase", "AB", ""])
-def test_only_the_gradients_that_are_needed(backend, needed):
+def test_only_the_gradients_that_are_needed(backend, device, needed):
     sizes = fitted(backend, 8, 6, 2, 2)
-    tensors, offsets = inputs([3, 0, 2], *sizes, dtype=torch.float32, grad=False)
+    tensors, offsets = inputs([3, 0, 2], *sizes, dtype=torch.float32, grad=False, device=device)
     for name, tensor in zip(NAMES, tensors, strict=True):
         tensor.requires_grad_(name in needed)
     out = grouped_lora_linear(*tensors, offsets, SCALE, backend=backend)
@@ -225,10 +248,10 @@ def test_only_the_gradients_that_are_needed(backend, needed):
 
 
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_modes_and_two_backwards(backend):
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_modes_and_two_backwards(backend, device):
     sizes = fitted(backend, 8, 6, 2, 2)
-    tensors, offsets = inputs([120, 0, 80], *sizes, dtype=torch.float32)
+    tensors, offsets = inputs([120, 0, 80], *sizes, dtype=torch.float32, device=device)
     out = grouped_lora_linear(*tensors, offsets, SCALE, backend=backend)
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
@@ -245,16 +268,16 @@ def test_modes_and_two_backwards(backend):
 
 
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+@pytest.mark.parametrize(("backend", "device"), WITH_REFERENCE)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_autocast(backend, dtype):
+def test_autocast(backend, device, dtype):
     """The products are in base's dtype, forward and backward."""
     sizes = fitted(backend, 8, 6, 2, 2)
-    (x, base, A, B), offsets = inputs([120, 0, 80], *sizes, dtype=torch.float32)
+    (x, base, A, B), offsets = inputs([120, 0, 80], *sizes, dtype=torch.float32, device=device)
     base = base.detach().to(dtype)
     expected = grouped_lora_linear(x.to(dtype), base, A, B, offsets, SCALE, backend=backend)
     grads = torch.autograd.grad(expected.sum(), (x, A, B))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device, dtype=torch.bfloat16):
         out = grouped_lora_linear(x, base, A, B, offsets, SCALE, backend=backend)
         actual = torch.autograd.grad(out.sum(), (x, A, B))
     assert out.dtype == dtype
@@ -263,12 +286,14 @@ def test_autocast(backend, dtype):
     assert backend == "reference" or all(map(torch.equal, actual, grads))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
 @pytest.mark.parametrize("lengths", [[3, 0, 2], [0, 0], [[1, 2], [0, 1], [0, 1]]])
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
-def test_opcheck(backend, lengths, weight_dtype):
+def test_opcheck(backend, device, lengths, weight_dtype):
     sizes = fitted(backend, 8, 6, 2, 2)
-    tensors, offsets = inputs(lengths, *sizes, dtype=torch.bfloat16, weight_dtype=weight_dtype)
+    tensors, offsets = inputs(
+        lengths, *sizes, dtype=torch.bfloat16, weight_dtype=weight_dtype, device=device
+    )
     forward = torch.ops.memdlm.grouped_lora_linear.default
     for needs in ((True, True, True), (True, False, False), (False, True, False)):
         opcheck(forward, (*tensors, offsets, SCALE, *needs, backend))
@@ -279,12 +304,15 @@ def test_opcheck(backend, lengths, weight_dtype):
     for saved in ((x, shrink), (None, shrink), (x, None), (None, None)):
         opcheck(backward, (grad_out, *saved, A, B, offsets, SCALE, True, backend))
     opcheck(backward, (grad_out, x, shrink, A, B, offsets, SCALE, False, backend))
+    of_B = torch.ops.memdlm.grouped_lora_linear_grad_B.default
+    opcheck(of_B, (grad_out, x, A, B, offsets, SCALE, backend))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
 @pytest.mark.parametrize("lengths", [[3, 0, 2], [[1, 2], [0, 1], [0, 1]]])
-def test_compiles_whole(backend, lengths):
-    tensors, offsets = inputs(lengths, *fitted(backend, 8, 6, 2, 2), dtype=torch.float32)
+def test_compiles_whole(backend, device, lengths):
+    sizes = fitted(backend, 8, 6, 2, 2)
+    tensors, offsets = inputs(lengths, *sizes, dtype=torch.float32, device=device)
 
     def loss(*tensors):
         return grouped_lora_linear(*tensors, offsets, SCALE, backend=backend).square().sum()
@@ -306,10 +334,11 @@ def test_bad_offsets_of_the_bare_op(offsets):
         torch.ops.memdlm.grouped_lora_linear(*tensors, bad, SCALE, False, False, False, "cpu")
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
-def test_flops(backend):
-    rows, (columns, out, rank, projections) = 5, fitted(backend, 8, 6, 2, 2)
-    tensors, offsets = inputs([3, 0, 2], columns, out, rank, projections, dtype=torch.float32)
+@pytest.mark.parametrize(("backend", "device"), WITH_REFERENCE)
+def test_flops(backend, device):
+    rows, sizes = 5, fitted(backend, 8, 6, 2, 2)
+    columns, out, rank, projections = sizes
+    tensors, offsets = inputs([3, 0, 2], *sizes, dtype=torch.float32, device=device)
     with FlopCounterMode(display=False) as forward:
         loss = grouped_lora_linear(*tensors, offsets, SCALE, backend=backend).sum()
     expected = 2 * rows * rank * (projections * columns + out)
@@ -371,11 +400,100 @@ def test_what_grouped_mm_does_not_take(message):
         grouped_lora_linear(*tensors, offsets, SCALE, backend="grouped_mm")
 
 
-def test_a_gpu_takes_grouped_mm_where_it_can():
+def test_what_triton_does_not_take():
+    tensors, offsets = inputs([3, 0, 2], 8, 6, 2, dtype=torch.float64)
+    with pytest.raises(ValueError, match="x must be float32, bfloat16 or float16, got"):
+        grouped_lora_linear(*tensors, offsets, SCALE, backend="triton")
+    tensors, offsets = inputs([0] * 4097, 2, 2, 1, dtype=torch.float32)
+    with pytest.raises(ValueError, match="at most 4096 groups, got 4097"):
+        grouped_lora_linear(*tensors, offsets, SCALE, backend="triton")
+
+
+@pytest.mark.parametrize(("capability", "first"), [((9, 0), "triton"), ((7, 5), "grouped_mm")])
+def test_order_on_a_gpu(monkeypatch, capability, first):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     facts = (torch.device("cuda"), torch.bfloat16, 64, 64)
-    assert choose("op", op._ORDER, None, *facts, 8, 2, 1023) == "grouped_mm"
-    assert choose("op", op._ORDER, None, *facts, 4, 2, 1023) == "reference"
+    assert choose("op", op._ORDER, None, *facts, 8, 2, 1023) == first
+    assert choose("op", op._ORDER, None, *facts, 4, 2, 4097) == "reference"
     assert choose("op", op._ORDER, None, torch.device("mps"), *facts[1:], 8, 2, 3) == "reference"
+
+
+def zero_B(lengths, *sizes, **options):
+    (x, base, A, B), offsets = inputs(lengths, *sizes, **options)
+    return (x, base, A, torch.zeros_like(B, requires_grad=True)), offsets
+
+
+@pytest.mark.parametrize(("backend", "device"), WITH_REFERENCE)
+@pytest.mark.parametrize("lengths", [[70, 0, 15], [[30, 9], [0, 21], [5, 0]], [0, 0]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_B_is_zero(backend, device, dtype, lengths):
+    sizes = fitted(backend, 33, 66, 5, 2)
+    options = dict(dtype=dtype, weight_dtype=torch.float32, device=device)
+    tensors, offsets = zero_B(lengths, *sizes, **options)
+    out = grouped_lora_linear(*tensors, offsets, SCALE, B_is_zero=True, backend=backend)
+    plain = grouped_lora_linear(*tensors, offsets, SCALE, backend=backend)
+    assert torch.equal(out, tensors[1])
+    grad_out = torch.randn_like(out)
+    grad_x, grad_base, grad_A, grad_B = torch.autograd.grad(
+        out, tensors, grad_out, allow_unused=True
+    )
+    expected = torch.autograd.grad(plain, tensors, grad_out)
+    assert torch.equal(grad_base, expected[1])
+    torch.testing.assert_close(grad_B, expected[3])
+    for mine, zeros in ((grad_x, expected[0]), (grad_A, expected[2])):
+        assert mine is None or backend == "reference"
+        assert (zeros == 0).all()
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_B_is_zero_computes_nothing_before_backward(backend, device):
+    """And there the shrink and the gradient of B."""
+    rows, sizes = 5, fitted(backend, 8, 6, 2, 2)
+    columns, out, rank, projections = sizes
+    tensors, offsets = zero_B([3, 0, 2], *sizes, dtype=torch.float32, device=device)
+    with FlopCounterMode(display=False) as forward:
+        result = grouped_lora_linear(*tensors, offsets, SCALE, B_is_zero=True, backend=backend)
+    assert forward.get_total_flops() == 0
+    assert result.data_ptr() == tensors[1].data_ptr()
+    with FlopCounterMode(display=False) as backward:
+        result.sum().backward()
+    assert backward.get_total_flops() == 2 * rows * rank * (projections * columns + out)
+    with torch.no_grad():
+        again = grouped_lora_linear(*tensors, offsets, SCALE, B_is_zero=True, backend=backend)
+    assert again is tensors[1]
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_B_is_zero_compiles_whole(backend, device):
+    sizes = fitted(backend, 8, 6, 2, 2)
+    (x, base, A, B), offsets = zero_B([3, 0, 2], *sizes, dtype=torch.float32, device=device)
+
+    def loss(base, B):
+        out = grouped_lora_linear(
+            x, base * 2, A, B, offsets, SCALE, B_is_zero=True, backend=backend
+        )
+        return out.square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(base, B), loss(base, B))
+    torch.testing.assert_close(
+        torch.autograd.grad(compiled(base, B), (base, B)),
+        torch.autograd.grad(loss(base, B), (base, B)),
+    )
+
+
+def test_second_derivatives_with_B_is_zero():
+    """The reference has them; a backend has none of the gradient of B, and says so."""
+    tensors, offsets = zero_B([2, 0, 3], 4, 6, 2, 2, dtype=torch.float64)
+
+    def second(backend, **options):
+        out = grouped_lora_linear(*tensors, offsets, SCALE, backend=backend, **options)
+        (grad_B,) = torch.autograd.grad(out.square().sum(), tensors[3], create_graph=True)
+        return torch.autograd.grad(grad_B.square().sum(), tensors[:2])
+
+    torch.testing.assert_close(second("reference", B_is_zero=True), second("reference"))
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        second("cpu", B_is_zero=True)
 
 
 INT32 = torch.int32
@@ -402,7 +520,9 @@ BAD = {
     "got -1 to 5": dict(offsets=torch.tensor([-1, 2, 5], dtype=INT32)),
     "offsets must ascend, got [3, 2, 5]": dict(offsets=torch.tensor([3, 2, 5], dtype=INT32)),
     "scale must be finite": dict(scale=math.inf),
-    "backend must be None or one of 'cpu', 'grouped_mm', 'reference'": dict(backend="triton"),
+    "backend must be None or one of 'cpu', 'triton', 'grouped_mm', 'reference'": dict(
+        backend="cuda"
+    ),
 }
 
 
