@@ -19,6 +19,7 @@ from transformers.masking_utils import create_bidirectional_mask
 
 from memdlm import experts
 from memdlm.block_mask import Blocks
+from memdlm.gated_ffn import run_gated_ffn
 from memdlm.models.rotary import rotate
 from memdlm.outer_lora import fused_outer_lora, prepare_outer_lora
 
@@ -342,10 +343,10 @@ def _ffn_input(layer: Any, hidden: Tensor) -> tuple[Tensor, ...]:
 
 def _ffn(mlp: Any, normed: Tensor, *routing: Tensor) -> Tensor:
     if not routing:
-        return mlp(normed)
+        return run_gated_ffn(mlp, normed)
     out = experts.run_experts(mlp.experts, normed.flatten(0, 1), *routing).view_as(normed)
     shared = getattr(mlp, "shared_experts", None)
-    return out if shared is None else out + shared(normed)
+    return out if shared is None else out + run_gated_ffn(shared, normed)
 
 
 def _attend(layer: Any, hidden: Tensor, context: Context) -> Tensor:

@@ -57,6 +57,18 @@ def convert(words: Sequence[str]) -> None:
         print(convert_model(options))
 
 
+def env(words: Sequence[str]) -> None:
+    """Say what is installed, what was built, and which backend each op takes, and why."""
+    from memdlm.environment import describe_environment
+
+    if any(word in HELP for word in words):
+        print(f"usage: memdlm env\n\n{inspect.getdoc(env)}")
+        return
+    if words:
+        raise ValueError(f"memdlm env takes no options, got {' '.join(words)!r}")
+    print(describe_environment())
+
+
 def _read(command: str, kind: type[Any], words: Sequence[str]) -> Any:
     """The options of a command, a dataclass; None where help was asked for, which it prints."""
     from memdlm.key_values import describe, read_command_line, suggest, typed
@@ -85,6 +97,7 @@ def _read(command: str, kind: type[Any], words: Sequence[str]) -> Any:
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "convert": convert,
     "demo": demo,
+    "env": env,
     "train": train,
 }
 

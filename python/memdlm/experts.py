@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from memdlm import gated_ffn
 from memdlm_kernels import grouped_linear, grouped_lora_linear, lora_swiglu
 
 IMPLEMENTATION = "memdlm"
@@ -146,7 +147,7 @@ def _sort(index: Tensor, expert_count: int, sets: int) -> _Order:
 
 def _activate(experts: Any, rows: Tensor, order: _Order, updates: tuple[Update, ...]) -> Tensor:
     """The gated activation: [N k, D] to [N k, I]."""
-    if not (_fuses(rows) and experts.config.hidden_act == "silu"):
+    if not (gated_ffn.fuses(rows) and experts.config.hidden_act == "silu"):
         return experts._apply_gate(_project("gate_up_proj", experts, rows, order, updates))
     # The last update in factored form goes into the activation, the others before it.
     own = [update for update in updates if update.projection == "gate_up_proj"]
@@ -159,11 +160,6 @@ def _activate(experts: Any, rows: Tensor, order: _Order, updates: tuple[Update, 
     return lora_swiglu(
         rows, gate_up, None, A, B, last.scale, offsets=ends, B_is_zero=last.B_is_zero
     )
-
-
-def _fuses(rows: Tensor) -> bool:
-    """Whether the activation is one kernel: there is one for GPUs alone."""
-    return rows.is_cuda
 
 
 def _project(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from memdlm.config import MemoryConfig
 from memdlm.experts import PROJECTIONS, Update
+from memdlm.gated_ffn import LowRank, defer
 from memdlm_kernels import fast_weight_reset_, fast_weight_sgd_, lora_linear
 
 
@@ -286,9 +287,11 @@ class _LinearHook:
         if self._store._read is None:
             return None
         if self._store.config.adapter == "lora":
-            low_rank, up = self._store._read[self._index]
+            A, B = self._store._read[self._index]
             blank = self._store.blank
-            return lora_linear(inputs[0], output, low_rank, up, self._scale, B_is_zero=blank)
+            if defer(LowRank(A, B, self._scale, blank)):
+                return None
+            return lora_linear(inputs[0], output, A, B, self._scale, B_is_zero=blank)
         (delta,) = self._store._read[self._index]
         return output + inputs[0].to(output.dtype) @ delta.to(output.dtype).mT
 

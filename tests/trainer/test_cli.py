@@ -21,6 +21,7 @@ from memdlm.key_values import read_yaml
 from memdlm.models import LLaDA2MoeConfig
 from memdlm.options import REJECTED_ARGUMENTS, RunOptions, key_hints, make_run
 from memdlm.training import _lora_config
+from memdlm_kernels import list_backends
 from tests.trainer.trainer_case import VOCABULARY, WORDS, tiny_model, tiny_tokenizer
 
 PAIRS = [
@@ -437,3 +438,21 @@ def test_a_killed_run_resumes_on_the_uninterrupted_runs_loss_curve(folder, tmp_p
     assert len(losses(whole)) == 8
     # Within one process they are equal (test_trainer); two may round differently.
     assert losses(killed) == pytest.approx(losses(whole), rel=1e-5)
+
+
+def test_env_tells_each_backend_of_each_op_and_why_one_is_refused(capsys):
+    assert main(["env"]) == 0
+    told = capsys.readouterr().out
+    for op, reasons in list_backends("cpu").items():
+        assert f"  {op}\n" in told
+        for name, reason in reasons.items():
+            assert re.search(rf"^  [> ] {name} +{re.escape(reason or 'ok')}$", told, re.M), (
+                op,
+                name,
+            )
+    assert "cuda_architectures" in told
+
+
+def test_env_takes_no_options(capsys):
+    assert main(["env", "--verbose"]) == 2
+    assert "memdlm env takes no options, got '--verbose'" in capsys.readouterr().err

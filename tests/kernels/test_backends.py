@@ -1,0 +1,38 @@
+"""What `backend=` can be, as it is told."""
+
+import pytest
+import torch
+
+import memdlm_kernels
+from memdlm_kernels import _backends, list_backends
+from tests.kernels.devices import HAS_GPU
+
+OPS = set(memdlm_kernels.__all__) - {"build_info", "list_backends"}
+
+
+def test_every_op_tells_its_backends():
+    listed = list_backends("cpu")
+    assert set(listed) == OPS
+    for op, reasons in listed.items():
+        assert list(reasons)[-1] == "reference", op
+        assert reasons["reference"] is None, op
+
+
+@pytest.mark.skipif(HAS_GPU, reason="there is a GPU")
+def test_why_one_is_refused(monkeypatch):
+    reasons = list_backends("cpu")["lora_linear"]
+    assert reasons["cpu"] is None
+    assert reasons["triton"] is None  # the tests set TRITON_INTERPRET
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert "the tensors are on cpu" in list_backends("cpu")["lora_linear"]["triton"]
+    assert "the tensors are on cpu" in list_backends("cpu")["fast_weight_sgd_"]["cuda"]
+    monkeypatch.setattr(_backends, "library_missing", "not built")
+    assert list_backends("cpu")["lora_linear"]["cpu"] == "not built"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
+def test_on_a_gpu_no_op_falls_to_its_reference():
+    for op, reasons in list_backends(torch.device("cuda")).items():
+        chosen = next(name for name, reason in reasons.items() if reason is None)
+        assert chosen != "reference", (op, reasons)
