@@ -33,6 +33,8 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 STAMP = VENV / "memdlm-setup.json"
 CONSTRAINTS = ROOT / "constraints.txt"
+# What of the environment decides what is built.
+BUILD_VARIABLES = ("CXX", "MEMDLM_CUDA", "CUDAARCHS", "TORCH_CUDA_ARCH_LIST")
 # Where an installed package's folder may lie, as against the standard library and the script's.
 SITE_FOLDERS = ("site-packages", "dist-packages")
 
@@ -167,6 +169,7 @@ def main() -> None:
             [(str(path.relative_to(ROOT)), path.read_bytes().hex()) for path in native],
             [pyproject["build-system"], project, pyproject["tool"]["scikit-build"]],
             [str(venv_torch()), str(ROOT)],
+            [os.environ.get(name) for name in BUILD_VARIABLES],
         )
         if before.get("build") != build:
             say("building the C++ ops")
