@@ -62,7 +62,7 @@ def add_rows(
     """out[key - first_key] += coefficient * source (or 1), for the rows of `grouped = groups(key)`;
     keys beyond out are left alone."""
     columns = out.shape[1]
-    block = min(triton.next_power_of_2(columns), 1024)
+    block = min(triton.next_power_of_2(columns), 512)
     add_rows_kernel[(coefficient.shape[0], triton.cdiv(columns, block))](
         out,
         coefficient,

@@ -203,7 +203,7 @@ def masked_linear_kl(
             BIAS=bias is not None,
             SOFTCAP=softcap is not None,
             BLOCK=block,
-            num_warps=max(4, block // 512),
+            num_warps=max(4, block // 256),
         )
         if need_stash:
             total = stash.narrow(0, first, count)
