@@ -6,11 +6,13 @@ P fast-weight tensors (of grouped_lora_linear: projections), T fast-weight eleme
 """
 
 from memdlm_kernels._build import build_info
+from memdlm_kernels.backends import list_backends
 from memdlm_kernels.fast_weight_reset import fast_weight_reset_
 from memdlm_kernels.fast_weight_sgd import fast_weight_sgd_
 from memdlm_kernels.grouped_linear import grouped_linear
 from memdlm_kernels.grouped_lora_linear import grouped_lora_linear
 from memdlm_kernels.lora_linear import lora_linear
+from memdlm_kernels.lora_swiglu import lora_swiglu
 from memdlm_kernels.masked_cross_entropy import masked_cross_entropy
 from memdlm_kernels.masked_linear_cross_entropy import masked_linear_cross_entropy
 from memdlm_kernels.masked_linear_kl import masked_linear_kl
@@ -21,7 +23,9 @@ __all__ = [
     "fast_weight_sgd_",
     "grouped_linear",
     "grouped_lora_linear",
+    "list_backends",
     "lora_linear",
+    "lora_swiglu",
     "masked_cross_entropy",
     "masked_linear_cross_entropy",
     "masked_linear_kl",

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 from memdlm_kernels.grouped_linear.op import FLOP_FORMULAS as GROUPED_LINEAR
 from memdlm_kernels.grouped_lora_linear.op import FLOP_FORMULAS as GROUPED_LORA_LINEAR
 from memdlm_kernels.lora_linear.op import FLOP_FORMULAS as LORA_LINEAR
+from memdlm_kernels.lora_swiglu.op import FLOP_FORMULAS as LORA_SWIGLU
 from memdlm_kernels.masked_cross_entropy.op import FLOP_FORMULAS as MASKED_CROSS_ENTROPY
 from memdlm_kernels.masked_linear_cross_entropy.op import FLOP_FORMULAS as MASKED_LINEAR
 from memdlm_kernels.masked_linear_kl.op import FLOP_FORMULAS as MASKED_LINEAR_KL
@@ -19,6 +20,7 @@ for _op, _formula in {
     **GROUPED_LINEAR,
     **GROUPED_LORA_LINEAR,
     **LORA_LINEAR,
+    **LORA_SWIGLU,
     **MASKED_CROSS_ENTROPY,
     **MASKED_LINEAR,
     **MASKED_LINEAR_KL,

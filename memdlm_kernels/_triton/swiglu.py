@@ -45,15 +45,12 @@ def swiglu_forward_kernel(
     c = tl.program_id(0) % column_tiles * BLOCK_C + tl.arange(0, BLOCK_C)  # [BC]
     row = (begin + tl.arange(0, BLOCK_M)).to(tl.int64)  # [BM]
     mask = (row < end)[:, None] & (c < columns)[None, :]  # [BM, BC]
-    g = tl.load(gate + row[:, None] * gate_row + c[None, :], mask=mask, other=0).to(tl.float32)
-    u = tl.load(up + row[:, None] * up_row + c[None, :], mask=mask, other=0).to(tl.float32)
-    if shrink is not None:
-        weight += (group // sets).to(tl.int64) * weight_expert
-        weight += (group % sets).to(tl.int64) * weight_set
-        g, u = _updated(
-            g, u, shrink, weight, row, c, end, columns, shrink_row,
-            weight_projection, weight_rank, weight_column, RANKS, BLOCK_R,
-        )  # fmt: skip
+    g, u = _updated(
+        gate + row[:, None] * gate_row + c[None, :], up + row[:, None] * up_row + c[None, :],
+        mask, shrink, weight, row, c, end, group, sets, columns, shrink_row, weight_set,
+        weight_expert, weight_projection, weight_rank, weight_column,
+        RANKS, BLOCK_M, BLOCK_R, BLOCK_C,
+    )  # fmt: skip
     out = g * tl.sigmoid(g) * u  # [BM, BC]
     tl.store(h + row[:, None] * columns + c[None, :], out.to(h.dtype.element_ty), mask=mask)
 
@@ -98,18 +95,15 @@ def swiglu_backward_kernel(
     c = tl.program_id(0) % column_tiles * BLOCK_C + tl.arange(0, BLOCK_C)  # [BC]
     row = (begin + tl.arange(0, BLOCK_M)).to(tl.int64)  # [BM]
     mask = (row < end)[:, None] & (c < columns)[None, :]  # [BM, BC]
+    g, u = _updated(
+        gate + row[:, None] * gate_row + c[None, :], up + row[:, None] * up_row + c[None, :],
+        mask, shrink, weight, row, c, end, group, sets, columns, shrink_row, weight_set,
+        weight_expert, weight_projection, weight_rank, weight_column,
+        RANKS, BLOCK_M, BLOCK_R, BLOCK_C,
+    )  # fmt: skip
     # Strides of both, since the gradient of a sum has none.
     place = row[:, None] * grad_h_row + c.to(tl.int64)[None, :] * grad_h_column
     d = tl.load(grad_h + place, mask=mask, other=0).to(tl.float32)
-    g = tl.load(gate + row[:, None] * gate_row + c[None, :], mask=mask, other=0).to(tl.float32)
-    u = tl.load(up + row[:, None] * up_row + c[None, :], mask=mask, other=0).to(tl.float32)
-    if shrink is not None:
-        weight += (group // sets).to(tl.int64) * weight_expert
-        weight += (group % sets).to(tl.int64) * weight_set
-        g, u = _updated(
-            g, u, shrink, weight, row, c, end, columns, shrink_row,
-            weight_projection, weight_rank, weight_column, RANKS, BLOCK_R,
-        )  # fmt: skip
     sigmoid = tl.sigmoid(g)
     silu = g * sigmoid
     d_gate = d * u * (sigmoid + silu * (1 - sigmoid))  # [BM, BC]
@@ -123,32 +117,51 @@ def swiglu_backward_kernel(
 def _updated(
     gate,
     up,
+    mask,
     shrink,
     weight,
     row,
     c,
     end,
+    group,
+    sets,
     columns,
     shrink_row,
+    weight_set,
+    weight_expert,
     weight_projection,
     weight_rank,
     weight_column,
     RANKS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
-    """gate and up [BM, BC], each plus its half of shrink [N, 2 R] times its weight [R, columns]."""
-    shrink += row[:, None] * shrink_row  # [BM, 1]
-    weight += c.to(tl.int64)[None, :] * weight_column  # [1, BC]
-    for start in tl.static_range(0, RANKS, BLOCK_R):
-        r = start + tl.arange(0, BLOCK_R)  # [BR]
-        narrow = (row < end)[:, None] & (r < RANKS)[None, :]
-        wide = (r < RANKS)[:, None] & (c < columns)[None, :]
-        s = tl.load(shrink + r[None, :], mask=narrow, other=0)  # [BM, BR]
-        w = tl.load(weight + r.to(tl.int64)[:, None] * weight_rank, mask=wide, other=0)  # [BR, BC]
-        gate = tl.dot(s, w.to(s.dtype), gate, input_precision="ieee")
-        s = tl.load(shrink + RANKS + r[None, :], mask=narrow, other=0)
-        w = tl.load(
-            weight + weight_projection + r.to(tl.int64)[:, None] * weight_rank, mask=wide, other=0
-        )
-        up = tl.dot(s, w.to(s.dtype), up, input_precision="ieee")
-    return gate, up
+    """A tile of gate and of up [BM, BC], each plus its half of shrink [N, 2 R] times its weight.
+
+    The products come first: gate and up would take registers while they are computed.
+    """
+    if shrink is None:
+        g = tl.load(gate, mask=mask, other=0).to(tl.float32)
+        u = tl.load(up, mask=mask, other=0).to(tl.float32)
+    else:
+        shrink += row[:, None] * shrink_row  # [BM, 1]
+        weight += (group // sets).to(tl.int64) * weight_expert
+        weight += (group % sets).to(tl.int64) * weight_set
+        weight += c.to(tl.int64)[None, :] * weight_column  # [1, BC]
+        g = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+        u = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+        for start in tl.range(0, RANKS, BLOCK_R, num_stages=1):
+            r = start + tl.arange(0, BLOCK_R)  # [BR]
+            narrow = (row < end)[:, None] & (r < RANKS)[None, :]
+            wide = (r < RANKS)[:, None] & (c < columns)[None, :]
+            w_place = weight + r.to(tl.int64)[:, None] * weight_rank
+            s = tl.load(shrink + r[None, :], mask=narrow, other=0)  # [BM, BR]
+            w = tl.load(w_place, mask=wide, other=0)  # [BR, BC]
+            g = tl.dot(s, w.to(s.dtype), g, input_precision="ieee")
+            s = tl.load(shrink + RANKS + r[None, :], mask=narrow, other=0)
+            w = tl.load(w_place + weight_projection, mask=wide, other=0)
+            u = tl.dot(s, w.to(s.dtype), u, input_precision="ieee")
+        g += tl.load(gate, mask=mask, other=0).to(tl.float32)
+        u += tl.load(up, mask=mask, other=0).to(tl.float32)
+    return g, u

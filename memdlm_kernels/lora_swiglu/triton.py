@@ -108,7 +108,7 @@ def _pass(
         sets, experts, _, ranks, _ = weight.shape
         strides = weight.stride()
     groups = sets * experts
-    blocks = _blocks(gate, ranks, tall=rows >= 128 * groups)
+    blocks = _blocks(gate, ranks)
     names = ("weight_set", "weight_expert", "weight_projection", "weight_rank", "weight_column")
     arguments = dict(
         gate=gate,
@@ -132,18 +132,14 @@ def _pass(
     return (most_tiles(rows, groups, blocks["BLOCK_M"]) * tiles,), arguments
 
 
-def _blocks(gate: Tensor, ranks: int, tall: bool) -> dict[str, int]:
+def _blocks(gate: Tensor, ranks: int) -> dict[str, int]:
     if gate.dtype == torch.float32:
         # Its products are no tensor core's: a thread has rows and columns of both in registers.
         return dict(BLOCK_M=64, BLOCK_R=16, BLOCK_C=32, num_warps=8)
     # Without vectors each element has its own address in registers.
     vectors = gate.stride(0) % 16 == 0
-    return dict(
-        BLOCK_M=128 if tall else 64,
-        BLOCK_R=16 if ranks <= 16 else 32,
-        BLOCK_C=64 if vectors else 32,
-        num_warps=16 if tall else 8,
-    )
+    block_r = 16 if ranks <= 16 else 32
+    return dict(BLOCK_M=64, BLOCK_R=block_r, BLOCK_C=64 if vectors else 32, num_warps=8)
 
 
 def _shrink(x: Tensor, A: Tensor, offsets: Tensor | None, scale: float) -> Tensor:
