@@ -267,7 +267,9 @@ def expand(
         return wide
     narrow = in_rows(narrow)
     base = None if base is None else in_rows(base)
-    block_m, block_c = _row_block(narrow, groups), _most(narrow, 128)
+    block_m = _row_block(narrow, groups)
+    # Columns that no 16-byte access fits have an address each: fewer of them in the registers.
+    block_c = _most(narrow, 128) if columns % 8 == 0 else 64
     grid = most_tiles(rows, groups, block_m) * projections * triton.cdiv(columns, block_c)
     expand_kernel[(grid,)](
         narrow,
@@ -289,7 +291,7 @@ def expand(
         BLOCK_M=block_m,
         BLOCK_R=min(_padded(ranks), _inner(narrow)),
         BLOCK_C=block_c,
-        num_warps=8,
+        num_warps=8 if narrow.itemsize == 4 else block_m // 16,
     )
     return wide
 
