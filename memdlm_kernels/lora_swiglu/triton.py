@@ -13,10 +13,9 @@ import torch
 import triton
 from torch import Tensor
 
-from memdlm_kernels._triton import low_rank
+from memdlm_kernels._triton import dense, low_rank
 from memdlm_kernels._triton.groups import most_tiles
 from memdlm_kernels._triton.swiglu import swiglu_backward_kernel, swiglu_forward_kernel
-from memdlm_kernels.lora_swiglu import dense
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 

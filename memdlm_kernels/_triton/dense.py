@@ -1,6 +1,6 @@
 """The low-rank products by the library, which is best at many rows of one update.
 
-As those of `_triton/low_rank.py`, of one expert: weights are [S, 1, P, R, C], rows of S sequences.
+As those of `low_rank.py`, of one expert: weights are [S, 1, P, R, C], rows of S sequences.
 """
 
 import torch
