@@ -45,6 +45,7 @@ def forward_row_kernel(
     chosen = tl.full([], float("nan"), tl.float32)  # stays where the target is no word
     if (label >= 0) & (label < words):
         chosen = load_logits(logits, None, label, words, softcap, False, SOFTCAP)
+    tl.store(target_logit + row, chosen)
     highest = tl.full([], LOWEST, tl.float32)
     summed = tl.full([], 0.0, tl.float32)
     for start in range(0, words, BLOCK):
@@ -53,7 +54,6 @@ def forward_row_kernel(
         highest, summed = add_words(value, highest, summed)
     tl.store(reference + row, highest)
     tl.store(others + row, summed)
-    tl.store(target_logit + row, chosen)
 
 
 @triton.jit

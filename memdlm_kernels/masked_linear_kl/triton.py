@@ -20,7 +20,8 @@ from memdlm_kernels._triton.product import product_
 
 _CHUNK_BYTES = 256 * 2**20
 _FEWEST_ROWS = 128  # of the student, and as many of the teacher
-_WIDEST_BLOCK = 4096  # words of each that a program holds at a time
+_WIDEST_BLOCK = 2048  # words of each that a program holds at a time
+_WARPS = 16  # with fewer the compiler keeps to fewer registers, and spills
 
 
 @triton.jit
@@ -203,7 +204,7 @@ def masked_linear_kl(
             BIAS=bias is not None,
             SOFTCAP=softcap is not None,
             BLOCK=block,
-            num_warps=max(4, block // 256),
+            num_warps=_WARPS,
         )
         if need_stash:
             total = stash.narrow(0, first, count)
