@@ -1,13 +1,17 @@
 """Which implementation of an op runs: the only dispatch code of the package."""
 
+import functools
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _LIBRARY = Path(__file__).with_name("libmemdlm_C.so")
 
@@ -108,3 +112,15 @@ def choose(op: str, order: Sequence[Backend], requested: str | None, *facts: Any
         names = ", ".join(repr(backend.name) for backend in order)
         raise ValueError(f"{op}: backend must be None or one of {names}, got {requested!r}")
     raise ValueError(f"{op}: no backend can run on these inputs ({'; '.join(reasons)})")
+
+
+def on_its_device(function: Callable[P, R]) -> Callable[P, R]:
+    """Let an op launch its kernels where its first tensor is: Triton takes the current GPU."""
+
+    @functools.wraps(function)
+    def on_device(*args: P.args, **kwargs: P.kwargs) -> R:
+        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        with torch.cuda.device_of(next(tensors)):
+            return function(*args, **kwargs)
+
+    return on_device

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memdlm_kernels._backends import REFERENCE, TRITON, Backend, choose
+from memdlm_kernels._backends import REFERENCE, TRITON, Backend, choose, on_its_device
 from memdlm_kernels._offsets import check_offsets
 from memdlm_kernels.grouped_linear import grouped_mm, reference
 
@@ -98,6 +98,7 @@ def _module(backend: str) -> Any:
 
 
 @torch.library.custom_op("memdlm::grouped_linear", mutates_args=())
+@on_its_device
 def _forward(x: Tensor, weight: Tensor, offsets: Tensor, backend: str) -> Tensor:
     return _module(backend).grouped_linear(x, weight, offsets)
 
@@ -108,6 +109,7 @@ def _(x: Tensor, weight: Tensor, offsets: Tensor, backend: str) -> Tensor:
 
 
 @torch.library.custom_op("memdlm::grouped_linear_outer", mutates_args=())
+@on_its_device
 def _outer(a: Tensor, b: Tensor, offsets: Tensor, backend: str) -> Tensor:
     """a[begin:end].mT @ b[begin:end] for each group: [E, m, n] of a [N, m] and b [N, n]."""
     return _module(backend).grouped_linear_outer(a, b, offsets)

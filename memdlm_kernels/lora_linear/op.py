@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memdlm_kernels._backends import CPU, REFERENCE, TRITON, Backend, choose
+from memdlm_kernels._backends import CPU, REFERENCE, TRITON, Backend, choose, on_its_device
 from memdlm_kernels.lora_linear import cpu, reference
 
 Shape = Sequence[int]
@@ -132,6 +132,7 @@ def _module(backend: str) -> Any:
 
 
 @torch.library.custom_op("memdlm::lora_linear", mutates_args=())
+@on_its_device
 def _forward(
     x: Tensor,
     base: Tensor,
@@ -165,6 +166,7 @@ def _(
 
 
 @torch.library.custom_op("memdlm::lora_linear_backward", mutates_args=())
+@on_its_device
 def _backward(
     grad_out: Tensor,
     x: Tensor | None,
@@ -230,6 +232,7 @@ _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
 @torch.library.custom_op("memdlm::lora_linear_grad_B", mutates_args=())
+@on_its_device
 def _grad_B(
     grad_out: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, backend: str
 ) -> Tensor:

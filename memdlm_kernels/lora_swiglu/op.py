@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memdlm_kernels._backends import REFERENCE, TRITON, Backend, choose
+from memdlm_kernels._backends import REFERENCE, TRITON, Backend, choose, on_its_device
 from memdlm_kernels._offsets import check_offsets
 from memdlm_kernels.lora_swiglu import reference
 
@@ -185,6 +185,7 @@ _ORDER = (
 
 
 @torch.library.custom_op("memdlm::lora_swiglu", mutates_args=())
+@on_its_device
 def _forward(
     x: Tensor | None,
     gate: Tensor,
@@ -225,6 +226,7 @@ def _(
 
 
 @torch.library.custom_op("memdlm::lora_swiglu_backward", mutates_args=())
+@on_its_device
 def _backward(
     grad_h: Tensor,
     x: Tensor | None,

@@ -7,7 +7,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from memdlm_kernels._backends import CPU, REFERENCE, TRITON, Backend, choose
+from memdlm_kernels._backends import CPU, REFERENCE, TRITON, Backend, choose, on_its_device
 from memdlm_kernels._reduction import check_reduction, check_targets, is_eager_cpu, reduce_nll
 from memdlm_kernels.masked_cross_entropy import cpu, reference
 
@@ -155,6 +155,7 @@ def _implementation(backend: str) -> ModuleType:
 
 
 @torch.library.custom_op("memdlm::masked_cross_entropy", mutates_args=())
+@on_its_device
 def _forward(
     logits: Tensor, target: Tensor, ignore_index: int, softcap: float | None, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -176,6 +177,7 @@ _forward.register_fake(_fake)
 
 
 @torch.library.custom_op("memdlm::masked_cross_entropy_backward", mutates_args=())
+@on_its_device
 def _backward(
     grad_nll: Tensor,
     logits: Tensor,
@@ -227,6 +229,7 @@ _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
 @torch.library.custom_op("memdlm::masked_cross_entropy_", mutates_args=("logits",))
+@on_its_device
 def _forward_(
     logits: Tensor, target: Tensor, ignore_index: int, softcap: float | None, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -238,6 +241,7 @@ _forward_.register_fake(_fake)
 
 
 @torch.library.custom_op("memdlm::masked_cross_entropy_scale_", mutates_args=("grad_logits",))
+@on_its_device
 def _scale_(
     grad_logits: Tensor, grad_nll: Tensor, target: Tensor, ignore_index: int, backend: str
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from memdlm_kernels._backends import CPU, REFERENCE, TRITON, Backend, choose
+from memdlm_kernels._backends import CPU, REFERENCE, TRITON, Backend, choose, on_its_device
 from memdlm_kernels._reduction import check_reduction, check_targets, is_eager_cpu, reduce_nll
 from memdlm_kernels.masked_linear_cross_entropy import cpu, reference
 
@@ -208,6 +208,7 @@ def _implementation(backend: str) -> ModuleType:
 
 
 @torch.library.custom_op("memdlm::masked_linear_cross_entropy", mutates_args=())
+@on_its_device
 def _forward(
     hidden: Tensor,
     weight: Tensor,
@@ -253,6 +254,7 @@ def _loss_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 @torch.library.custom_op("memdlm::masked_linear_cross_entropy_stash_backward", mutates_args=())
+@on_its_device
 def _stash_backward(
     grad_nll: Tensor,
     stash: Tensor,
@@ -281,6 +283,7 @@ def _(
 
 
 @torch.library.custom_op("memdlm::masked_linear_cross_entropy_backward", mutates_args=())
+@on_its_device
 def _backward(
     grad_nll: Tensor,
     hidden: Tensor,

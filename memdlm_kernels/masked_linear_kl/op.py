@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memdlm_kernels._backends import REFERENCE, TRITON, Backend, choose
+from memdlm_kernels._backends import REFERENCE, TRITON, Backend, choose, on_its_device
 from memdlm_kernels._reduction import check_reduction, is_eager_cpu
 from memdlm_kernels.masked_linear_kl import reference
 
@@ -209,6 +209,7 @@ _ORDER = (
 
 
 @torch.library.custom_op("memdlm::masked_linear_kl", mutates_args=())
+@on_its_device
 def _forward(
     student: Tensor,
     teacher: Tensor,
@@ -262,6 +263,7 @@ def _(
 
 
 @torch.library.custom_op("memdlm::masked_linear_kl_backward", mutates_args=())
+@on_its_device
 def _backward(
     grad_kl: Tensor,
     stash: Tensor,

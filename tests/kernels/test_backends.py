@@ -1,5 +1,7 @@
 """What `backend=` can be, as it is told."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -36,3 +38,24 @@ def test_on_a_gpu_no_op_falls_to_its_reference():
     for op, reasons in list_backends(torch.device("cuda")).items():
         chosen = next(name for name, reason in reasons.items() if reason is None)
         assert chosen != "reference", (op, reasons)
+
+
+def test_an_op_runs_on_the_device_of_its_tensors(monkeypatch):
+    entered = []
+
+    class DeviceOf(contextlib.AbstractContextManager):
+        def __init__(self, tensor):
+            self._tensor = tensor
+
+        def __enter__(self):
+            entered.append(self._tensor)
+
+        def __exit__(self, *error):
+            pass
+
+    monkeypatch.setattr(torch.cuda, "device_of", DeviceOf)
+    x = torch.randn(3, 4, requires_grad=True)
+    A, B = torch.randn(2, 4), torch.randn(5, 2)
+    memdlm_kernels.lora_linear(x, torch.randn(3, 5), A, B, 1.0).sum().backward()
+    assert len(entered) == 2  # forward and backward
+    assert entered[0].data_ptr() == x.data_ptr()
