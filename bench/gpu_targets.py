@@ -27,6 +27,7 @@ Variants = dict[str, Callable[[], Any]]
 
 _DTYPE = torch.bfloat16
 _HIDDEN, _VOCABULARY = 2048, 157_184
+_MASKED = (1024, 4096)
 _RANK, _SCALE, _LR, _MAX_NORM = 32, 2.0, 0.1, 1.0
 # Of LLaDA-MoE's FFN: 8,192 tokens times 8 experts each.
 _ROWS, _EXPERTS, _INNER = 65_536, 64, 1_024
@@ -86,7 +87,7 @@ def _report(
 def _cross_entropy(device: torch.device) -> Iterator[tuple[str, str, Variants]]:
     """Forward and backward for hidden, frozen head; bound: its two products alone."""
     head = (torch.randn(_VOCABULARY, _HIDDEN, device=device) / _HIDDEN**0.5).to(_DTYPE)
-    for masked in (1024, 4096):
+    for masked in _MASKED:
         hidden = torch.randn(masked, _HIDDEN, device=device).to(_DTYPE).requires_grad_()
         target = torch.randint(_VOCABULARY, (masked,), device=device)
         logits = torch.empty(masked, _VOCABULARY, dtype=_DTYPE, device=device)
