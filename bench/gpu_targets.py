@@ -1,8 +1,9 @@
 """What the kernels cost on a GPU, beside the bound that each is held to.
 
 `python -m bench.gpu_targets --json FILE [--only cross_entropy]`. Sizes are those of LLaDA-MoE and
-LLaDA2.x-mini in bfloat16. Each case is checked against plain PyTorch before it is timed, and stands
-beside the products or the copy that it cannot do without; peers are timed where they are installed.
+LLaDA2.x-mini in bfloat16. Each case stands beside the products or the copy that it cannot do
+without. The cross-entropies, peers' too where they are installed, are checked against float64
+before they are timed; the other ops are by the GPU tests.
 """
 
 import argparse

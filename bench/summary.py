@@ -19,7 +19,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"## {file.stem}\n")
         first = rows[0]
         print(f"{first['device']}, torch {first['torch']}, commit {(first['commit'] or '-')[:7]}\n")
-        print("\n".join(_table(rows)), "\n")
+        timed = [row for row in rows if "p50_ms" in row]
+        print("\n".join(_table(timed) if timed else _counts(rows)), "\n")
 
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
@@ -32,6 +33,11 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
         times = " | ".join(f"{row[key]:.3f}" for key in ("p20_ms", "p50_ms", "p80_ms"))
         lines.append(f"| {case} | {variant} | {times} | {ratio} | {row['peak_mib']:.0f} |")
     return lines
+
+
+def _counts(rows: list[dict[str, Any]]) -> list[str]:
+    lines = ["| model | K | kernels launched by the inner loop |", "|---|---|---|"]
+    return lines + [f"| {row['preset']} | {row['k']} | {row['launches']} |" for row in rows]
 
 
 def _case(row: dict[str, Any]) -> str:

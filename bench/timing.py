@@ -125,7 +125,10 @@ def _cpu_name() -> str:
 
 
 def _git(*words: str) -> str | None:
-    result = subprocess.run(("git", "-C", _ROOT, *words), capture_output=True, text=True)
+    try:
+        result = subprocess.run(("git", "-C", _ROOT, *words), capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
     return result.stdout.strip() if result.returncode == 0 else None
 
 

@@ -24,7 +24,18 @@ def _load_library() -> str | None:
     return None
 
 
+def _built_architectures() -> tuple[int, ...]:
+    """Those that the CUDA ops are compiled for; none where they are not in the build."""
+    try:
+        built: Any = importlib.import_module("memdlm_kernels._build_info")
+    except ModuleNotFoundError:
+        return ()
+    return built.cuda_architectures if built.cuda else ()
+
+
 library_missing: str | None = _load_library()
+# Read now: torch.compile traces the choice of a backend, and could not trace an import.
+_cuda_architectures = _built_architectures()
 
 
 @dataclass(frozen=True)
@@ -52,13 +63,12 @@ def _cuda_unfit(device: torch.device) -> str | None:
         return f"the tensors are on {device.type}"
     if library_missing is not None:
         return library_missing
-    built: Any = importlib.import_module("memdlm_kernels._build_info")
-    if not built.cuda:
+    if not _cuda_architectures:
         return "this build has no CUDA (MEMDLM_CUDA=ON at installation forces it)"
     if not torch.cuda.is_available():
         return "torch finds no GPU"
     major, minor = torch.cuda.get_device_capability(device)
-    capability, architectures = 10 * major + minor, built.cuda_architectures
+    capability, architectures = 10 * major + minor, _cuda_architectures
     # Machine code runs on its own generation from its own revision on; PTX on all later ones.
     if capability >= max(architectures) or any(
         architecture // 10 == major and architecture <= capability for architecture in architectures

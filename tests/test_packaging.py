@@ -60,6 +60,14 @@ def check_abi(library: Path) -> None:
     )
 
 
+def test_sources_use_no_macro_that_the_oldest_torch_lacks() -> None:
+    """Headers of a later torch define it whatever the target: only the oldest one's would tell."""
+    later = "STABLE_TORCH_ERROR_CODE_CHECK"  # in 2.11 it is TORCH_ERROR_CODE_CHECK
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    assert len(sources) > 10
+    assert [str(path) for path in sources if later in path.read_text(encoding="utf-8")] == []
+
+
 def test_library_is_free_of_python() -> None:
     assert not [s for s in extract_undefined_symbols(LIBRARY) if re.match("_?Py", s)]
 

@@ -41,7 +41,7 @@ struct Matrix {
   Tensor tensor() const {
     const int64_t sizes[] = {rows, columns}, strides[] = {row_stride, column_stride};
     AtenTensorHandle handle;
-    STABLE_TORCH_ERROR_CODE_CHECK(
+    TORCH_ERROR_CODE_CHECK(
         aoti_torch__reinterpret_tensor(home.get(), 2, sizes, strides, offset, &handle));
     return Tensor(handle);
   }

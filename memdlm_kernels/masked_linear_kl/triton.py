@@ -50,8 +50,10 @@ def load_pair(
 
 @triton.jit
 def difference(s, t):
-    # A forbidden word is one for both, and counts for nothing.
-    return tl.where(s == float("-inf"), 0.0, s - t)
+    # Of logits as they are, before the temperature: the compiler would fold its product into this
+    # difference, and equal logits would differ by the product's rounding. A forbidden word is one
+    # for both, and counts for nothing.
+    return tl.where((s == t) | (s == float("-inf")), 0.0, s - t)
 
 
 @triton.jit
@@ -100,14 +102,16 @@ def kl_row_kernel(
     for start in range(0, words, BLOCK):
         column = start + tl.arange(0, BLOCK)
         s, t = load_pair(student, teacher, bias, column, words, softcap, BIAS, SOFTCAP)  # [BV]
+        d = difference(s, t) * inverse_temperature
         s, t = s * inverse_temperature, t * inverse_temperature
         before = highest_s
         highest_s, sum_s = add_words(s, highest_s, sum_s)
         highest_t, sum_t = add_words(t, highest_t, sum_t)
         if REVERSE:
             weighted *= tl.exp(before - highest_s)
-            weighted += tl.sum(tl.exp(s - highest_s) * difference(s, t), 0)
-    shift = (highest_s - highest_t) + tl.log(sum_s / sum_t)
+            weighted += tl.sum(tl.exp(s - highest_s) * d, 0)
+    # Rounded to the nearest: of equal sums exactly 1, which the fast division may miss.
+    shift = (highest_s - highest_t) + tl.log(tl.div_rn(sum_s, sum_t))
     mean = weighted / sum_s
 
     scale = 1.0
@@ -117,10 +121,11 @@ def kl_row_kernel(
         for start in range(0, words, BLOCK):
             column = start + tl.arange(0, BLOCK)
             s, t = load_pair(student, teacher, bias, column, words, softcap, BIAS, SOFTCAP)
+            d = difference(s, t) * inverse_temperature
             s, t = s * inverse_temperature, t * inverse_temperature
             p = tl.exp(s - highest_s) / sum_s  # [BV]
             q = tl.exp(t - highest_t) / sum_t
-            grad = gradient_of(p, q, difference(s, t), shift, mean, REVERSE)
+            grad = gradient_of(p, q, d, shift, mean, REVERSE)
             largest = tl.maximum(largest, tl.max(tl.abs(grad), 0))
         scale = 16384.0 / largest
         tl.store(factor + row, largest * (1 / 16384.0))
@@ -129,10 +134,10 @@ def kl_row_kernel(
     for start in range(0, words, BLOCK):
         column = start + tl.arange(0, BLOCK)
         capped_s, t = load_pair(student, teacher, bias, column, words, softcap, BIAS, SOFTCAP)
+        d = difference(capped_s, t) * inverse_temperature
         s, t = capped_s * inverse_temperature, t * inverse_temperature
         p = tl.exp(s - highest_s) / sum_s  # [BV]
         q = tl.exp(t - highest_t) / sum_t
-        d = difference(s, t)
         # a log(a / b) - a + b: the last two add up to 0, and with them no term is negative.
         if REVERSE:
             a, b, ratio = p, q, shift - d

@@ -90,8 +90,8 @@ class MemoryConfig:
         inner_checkpoint: "none" stores the activations of an inner step, "layer" recomputes them
             layer by layer, "auto" recomputes where they would not fit in the free memory.
         inner_graph: launch the reset and all inner steps as one CUDA graph. The rows of a state are
-            padded to a multiple of 256; a batch of other shapes is recorded anew, so pad sequences
-            to few lengths.
+            padded, to 256, 512, 768, 1024, 1536, 2048, 3072 and so on; a batch of other shapes is
+            recorded anew (16 recordings are kept), so pad sequences to few lengths.
 
     Raises:
         ValueError: an option outside its range.

@@ -148,7 +148,8 @@ class FastWeights:
 
         Returns:
             (A, B) or (delta,) of a linear layer; of a layer of experts those of gate and up,
-            A [E, 2 R, D] and B [E, 2 I, R], then those of down, A [E, R, I] and B [E, D, R].
+            A [E, 2 R, D] and B [E, 2 I, R], then those of down, A [E, R, I] and B [E, D, R]. To be
+            read alone: what is written there may not be what the layers use.
         """
         return dict(zip(self.modules, self._grouped(self._views(self.param)), strict=True))
 

@@ -4,8 +4,9 @@ With small batches a step of the inner loop is hundreds of launches that the hos
 fast as the GPU finishes them.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from memdlm.fast_weights import FastWeights
 from memdlm.inner_loop import Boundary, InnerTrace, adapt, recomputes
 
 _READ_BY_ADAPT = ("valid", "target", "weight", "sample")
+# Each keeps its own copies of a batch's activations.
+_MOST_RECORDINGS = 16
 
 
 class InnerGraph:
@@ -34,8 +37,10 @@ class InnerGraph:
         self._backbone = backbone
         self._fast_weights = fast_weights
         self._config = config
+        self._layers = backbone.layers[backbone.boundary // 2 :]
+        # In the order of their last use.
         self._recorded: dict[Hashable, tuple[list[Tensor], _Recording]] = {}
-        self._storage = fast_weights.param
+        self._addresses: tuple[int, ...] = ()
 
     def __call__(
         self, seeds: Tensor, states: list[State], boundaries: list[Boundary]
@@ -55,22 +60,43 @@ class InnerGraph:
         read: list[dict[str, Any]] = [dict(state) for state in states]
         inputs = (seeds, [{k: state[k] for k in _READ_BY_ADAPT} for state in read], boundaries)
         tensors: list[Tensor] = []
-        key = _flatten(inputs, tensors)
+        key = (_flatten(inputs, tensors), self._modes(seeds.device))
         self._fast_weights.reserve(len(seeds))
-        if self._fast_weights.param is not self._storage:
-            # Allocated anew, for another number of sequences: what was recorded writes elsewhere.
-            self._recorded.clear()
-            self._storage = self._fast_weights.param
-        if key not in self._recorded:
-            self._recorded[key] = self._record(inputs)
-        fixed, recording = self._recorded[key]
+        self._forget_moved_weights()
+        # Taken out and put back: the last one is the one used last.
+        known = key in self._recorded
+        fixed, recording = self._recorded.pop(key) if known else self._record(inputs)
+        self._recorded[key] = fixed, recording
         with torch.no_grad():
             torch._foreach_copy_(fixed, tensors)
         trace = recording.replay()
         self._fast_weights.mark_written()
         return InnerTrace(trace.loss.clone(), trace.norm.clone(), trace.skipped.clone())
 
+    def _modes(self, device: torch.device) -> Hashable:
+        """What decides which kernels run, beside the shapes: dropout, autocast, the outer LoRA."""
+        autocast = torch.is_autocast_enabled(device.type)
+        adapters = [
+            (module.disable_adapters, module.merged, tuple(module.active_adapters))
+            for layer in self._layers
+            for module in layer.modules()
+            if hasattr(module, "disable_adapters")
+        ]
+        dtype = torch.get_autocast_dtype(device.type) if autocast else None
+        return self._backbone.decoder.training, dtype, tuple(adapters)
+
+    def _forget_moved_weights(self) -> None:
+        """A recording reads and writes fixed addresses: of the model and of the fast weights."""
+        own = [weight for layer in self._layers for weight in layer.parameters()]
+        weights = [self._fast_weights.param, self._backbone.head()[0], *own]
+        addresses = tuple(weight.data_ptr() for weight in weights)
+        if addresses != self._addresses:
+            self._recorded.clear()
+            self._addresses = addresses
+
     def _record(self, inputs: Any) -> "tuple[list[Tensor], _Recording]":
+        while len(self._recorded) >= _MOST_RECORDINGS:
+            del self._recorded[next(iter(self._recorded))]
         fixed: list[Tensor] = []
         seeds, states, boundaries = _copy(inputs, fixed)
         # Decided now: while recording, the free memory cannot be asked for.
@@ -84,7 +110,12 @@ class InnerGraph:
             return adapt(self._backbone, self._fast_weights, states, boundaries, config)
 
         others = [recording for _, recording in self._recorded.values()]
-        return fixed, _Recording(run, seeds.device, others[0] if others else None)
+        try:
+            return fixed, _Recording(run, seeds.device, others[0] if others else None)
+        except BaseException:
+            # The steps before the capture did write.
+            self._fast_weights.mark_written()
+            raise
 
 
 class _Recording:
@@ -95,20 +126,38 @@ class _Recording:
     ) -> None:
         if device.type != "cuda":
             raise ValueError(f"inner_graph must be False on {device.type}: it needs a GPU")
-        # First as it is: kernels are compiled and libraries make their workspaces.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            run()
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        pool = None if other is None else other._graph.pool()
-        with torch.cuda.graph(self._graph, pool=pool):
-            self._trace = run()
+        self._device = device
+        with torch.cuda.device(device), _without_autocast_cache():
+            # Graphs that share a pool are recorded on one stream.
+            self._stream: Any = torch.cuda.Stream() if other is None else other._stream
+            # First as it is: kernels are compiled and libraries make their workspaces.
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                run()
+            torch.cuda.current_stream().wait_stream(self._stream)
+            self._graph = torch.cuda.CUDAGraph()
+            pool = None if other is None else other._graph.pool()
+            # "thread_local": a data loader's thread may pin memory meanwhile.
+            with torch.cuda.graph(
+                self._graph, pool, self._stream, capture_error_mode="thread_local"
+            ):
+                self._trace = run()
 
     def replay(self) -> InnerTrace:
-        self._graph.replay()
+        with torch.cuda.device(self._device):
+            self._graph.replay()
         return self._trace
+
+
+@contextlib.contextmanager
+def _without_autocast_cache() -> Iterator[None]:
+    """Cast weights within the recording: those cast before it are freed before it is replayed."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 def _flatten(value: Any, tensors: list[Tensor]) -> Hashable:

@@ -149,11 +149,16 @@ def test_small_divergence_of_a_flat_distribution(backend, device, direction):
 @BACKENDS
 @DTYPES
 @DIRECTIONS
-@pytest.mark.parametrize("softcap", [None, 4.0])
-def test_equal_sides_give_exactly_0(backend, device, dtype, direction, softcap):
+@pytest.mark.parametrize(("softcap", "temperature"), [(None, 1.0), (4.0, 0.7)])
+def test_equal_sides_give_exactly_0(backend, device, dtype, direction, softcap, temperature):
     inputs = make_inputs(9, 32, 400, dtype, apart=0.0, bias=True)
     actual = kl_and_gradient(
-        inputs, backend=backend, device=device, direction=direction, softcap=softcap
+        inputs,
+        backend=backend,
+        device=device,
+        direction=direction,
+        softcap=softcap,
+        temperature=temperature,
     )
     assert not actual["kl"].any()
     assert not actual["grad_student"].any()

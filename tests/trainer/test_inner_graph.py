@@ -5,7 +5,7 @@ import torch
 
 from memdlm import inner_graph
 from memdlm.config import DiffusionConfig, MemoryConfig
-from memdlm.data.collator import GRAPH_ROWS
+from memdlm.data.collator import GRAPH_ROWS, _graph_rows
 from memdlm.objective import MemDLMObjective
 from tests.families import make_family_model
 from tests.kernels.devices import HAS_GPU
@@ -70,6 +70,63 @@ def test_a_recorded_step_is_the_step(monkeypatch, family, scope):
         torch.testing.assert_close(own_2, own, **close)
 
 
+def record_one(monkeypatch, **options):
+    monkeypatch.setattr(inner_graph, "_Recording", Rerun)
+    monkeypatch.setattr(Rerun, "made", 0)
+    memory = MemoryConfig(rank=4, layer_fraction=0.5, inner_graph=True, **options)
+    objective = MemDLMObjective(make_family_model("llada"), DIFFUSION, memory)
+    batch = make_batch(DIFFUSION, memory)
+    objective.write_memory(batch)
+    assert Rerun.made == 1
+    objective.write_memory(batch)
+    assert Rerun.made == 1
+    return objective, batch
+
+
+def test_what_runs_differently_is_recorded_anew(monkeypatch):
+    objective, batch = record_one(monkeypatch)
+    objective.eval()  # without dropout
+    objective.write_memory(batch)
+    assert Rerun.made == 2
+    with torch.autocast("cpu", torch.bfloat16):
+        objective.write_memory(batch)
+    assert Rerun.made == 3
+    objective.train()
+    objective.write_memory(batch)
+    assert Rerun.made == 3
+    # Weights that moved: nothing that was recorded is good any more.
+    parameter = objective.backbone.layers[-1].mlp.down_proj.weight
+    parameter.data = parameter.data.clone()
+    objective.write_memory(batch)
+    objective.eval()
+    objective.write_memory(batch)
+    assert Rerun.made == 5
+
+
+def test_few_recordings_are_kept(monkeypatch):
+    monkeypatch.setattr(inner_graph, "_MOST_RECORDINGS", 2)
+    objective, batch = record_one(monkeypatch)
+    other = make_batch(DIFFUSION, objective.memory, make_features(((20, 0),) * 5))
+    third = make_batch(DIFFUSION, objective.memory, make_features(((22, 0),) * 5))
+    for one, made in ((other, 2), (batch, 2), (third, 3), (batch, 3), (other, 4)):
+        objective.write_memory(one)
+        assert Rerun.made == made
+
+
+def test_a_recording_that_fails_leaves_no_promise_about_the_memory(monkeypatch):
+    def fail(run, device, other):
+        run()
+        objective.fast_weights.blank = True  # a reset that was recorded, and never ran
+        raise RuntimeError("no graph")
+
+    objective, batch = record_one(monkeypatch)
+    monkeypatch.setattr(inner_graph, "_Recording", fail)
+    objective.eval()
+    with pytest.raises(RuntimeError, match="no graph"):
+        objective.write_memory(batch)
+    assert not objective.fast_weights.blank
+
+
 def test_rows_are_padded_to_few_shapes():
     memory = MemoryConfig(inner_graph=True)
     batch = make_batch(DIFFUSION, memory)
@@ -79,6 +136,9 @@ def test_rows_are_padded_to_few_shapes():
         assert state["rows"].shape[1] == GRAPH_ROWS
         assert {len(state[key]) for key in ("valid", "target", "weight", "sample")} == {GRAPH_ROWS}
         assert not state["weight"][real:].any()
+    sizes = {_graph_rows(count) for count in range(5000)}
+    assert sorted(sizes) == [256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144]
+    assert all(c <= _graph_rows(c) <= max(c + 256, 1.5 * c) for c in range(5000))
 
 
 @pytest.mark.skipif(HAS_GPU, reason="there is a GPU")

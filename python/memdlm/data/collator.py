@@ -22,8 +22,8 @@ from memdlm.trajectory import anchor_mask, loss_mask, trajectory
 # A model's input never has a label here; a position that has one may be masked.
 IGNORE_INDEX = -100
 
-# With `inner_graph` the rows of a state are a multiple of this: few shapes, so few graphs, and at
-# most 255 rows that the last layer and the head compute for nothing.
+# With `inner_graph` the rows of a state are padded to this, or to a power of two or one and a half
+# times it: few shapes, so few graphs.
 GRAPH_ROWS = 256
 
 _NOISE_STREAM, _MEMORY_STREAM = 0, 1
@@ -78,7 +78,7 @@ def make_state(
     *,
     right_shift_logits: bool = False,
     width: int | None = None,
-    row_multiple: int = 1,
+    for_graph: bool = False,
     is_anchor: bool = False,
 ) -> State:
     """Mask tokens, and list the rows whose loss is taken.
@@ -92,7 +92,7 @@ def make_state(
         right_shift_logits: a token's logits are those of the position before it (Dream); the first
             token, which has none before, takes its own.
         width: W, at least the largest count of a row; None for just that.
-        row_multiple: round W and M up to multiples of this.
+        for_graph: pad W and M to one of few sizes, see `GRAPH_ROWS`.
         is_anchor: whether this is the anchor state.
 
     Returns:
@@ -101,14 +101,14 @@ def make_state(
     counts = in_loss.sum(1)
     if width is None:
         width = max(1, int(counts.max()))
-    width = _round_up(width, row_multiple)
+    width = _graph_rows(width) if for_graph else width
     sample, position = in_loss.nonzero(as_tuple=True)
     # The place of each loss row among those of its own sequence.
     first = counts.cumsum(0) - counts
     place = torch.arange(len(sample)) - first[sample]
     rows = torch.zeros(len(clean_ids), width, dtype=torch.int64)
     rows[sample, place] = (position - 1).clamp_min(0) if right_shift_logits else position
-    surplus = _round_up(len(sample), row_multiple) - len(sample)
+    surplus = _graph_rows(len(sample)) - len(sample) if for_graph else 0
     return State(
         input_ids=clean_ids.masked_fill(masked, mask_token_id),
         rows=rows,
@@ -118,6 +118,10 @@ def make_state(
         sample=F.pad(sample, (0, surplus)),
         is_anchor=is_anchor,
     )
+
+
+def _graph_rows(count: int) -> int:
+    return _round_up(max(1, count), max(GRAPH_ROWS, 1 << max(0, count.bit_length() - 2)))
 
 
 def _round_up(count: int, multiple: int) -> int:
@@ -181,7 +185,7 @@ def make_trajectory(
                 mask_token_id,
                 right_shift_logits=right_shift_logits,
                 width=None if is_anchor[k] else max(1, *widths),
-                row_multiple=GRAPH_ROWS if memory.inner_graph else 1,
+                for_graph=memory.inner_graph,
                 is_anchor=is_anchor[k],
             )
         )
@@ -295,7 +299,7 @@ class MaskCollator:
                 weight,
                 self.mask_token_id,
                 right_shift_logits=self.right_shift_logits,
-                row_multiple=GRAPH_ROWS if self.memory and self.memory.inner_graph else 1,
+                for_graph=self.memory is not None and self.memory.inner_graph,
                 is_anchor=True,
             ),
         }
