@@ -13,8 +13,7 @@ inline void multiply(const torch::stable::Tensor& out, double beta,
                      const torch::stable::Tensor& addend, double alpha,
                      const torch::stable::Tensor& left, const torch::stable::Tensor& right) {
   const auto gemm = left.dim() == 3 ? aoti_torch_cpu_baddbmm_out : aoti_torch_cpu_addmm_out;
-  TORCH_ERROR_CODE_CHECK(
-      gemm(out.get(), addend.get(), left.get(), right.get(), beta, alpha));
+  TORCH_ERROR_CODE_CHECK(gemm(out.get(), addend.get(), left.get(), right.get(), beta, alpha));
 }
 
 inline void check_gemm_operand(const torch::stable::Tensor& tensor, const char* name,
