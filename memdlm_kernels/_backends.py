@@ -52,13 +52,13 @@ class Backend:
     unfit: Callable[..., str | None]
 
 
-def _cpu_unfit(device: torch.device) -> str | None:
+def _cpu_unfit(device: torch.device, *_: Any) -> str | None:
     if device.type != "cpu":
         return f"the tensors are on {device.type}"
     return library_missing
 
 
-def _cuda_unfit(device: torch.device) -> str | None:
+def _cuda_unfit(device: torch.device, *_: Any) -> str | None:
     if device.type != "cuda":
         return f"the tensors are on {device.type}"
     if library_missing is not None:
@@ -77,7 +77,9 @@ def _cuda_unfit(device: torch.device) -> str | None:
     return f"this build is for {architectures}, and the GPU is sm_{capability}"
 
 
-def _triton_unfit(device: torch.device) -> str | None:
+def _triton_unfit(device: torch.device, dtype: torch.dtype, *_: Any) -> str | None:
+    if dtype == torch.float64:
+        return f"the tensors must be float32, bfloat16 or float16, got {dtype}"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if device.type == "cuda":
@@ -88,11 +90,11 @@ def _triton_unfit(device: torch.device) -> str | None:
     return f"the tensors are on {device.type} (on the CPU only TRITON_INTERPRET=1 runs it, slowly)"
 
 
-# All look at the device of the op's tensors.
+# All look at the device of the op's tensors, and Triton at their dtype; an op may pass more.
 CPU = Backend("cpu", _cpu_unfit)
 CUDA = Backend("cuda", _cuda_unfit)
 TRITON = Backend("triton", _triton_unfit)
-REFERENCE = Backend("reference", lambda device: None)
+REFERENCE = Backend("reference", lambda *_: None)
 
 
 def choose(op: str, order: Sequence[Backend], requested: str | None, *facts: Any) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memdlm_kernels._backends import REFERENCE, TRITON, Backend, choose, on_its_device
+from memdlm_kernels._backends import REFERENCE, TRITON, choose, on_its_device
 from memdlm_kernels._offsets import check_offsets
 from memdlm_kernels.grouped_linear import grouped_mm, reference
 
@@ -76,17 +76,7 @@ def _check(x: Tensor, weight: Tensor, offsets: Tensor) -> None:
     check_offsets(offsets, weight.shape[:1], x.shape[0], "weight")
 
 
-def _triton_unfit(device: torch.device, dtype: torch.dtype, *_: int) -> str | None:
-    if dtype == torch.float64:
-        return f"x must be float32, bfloat16 or float16, got {dtype}"
-    return TRITON.unfit(device)
-
-
-_ORDER = (
-    grouped_mm.GROUPED_MM,
-    Backend(TRITON.name, _triton_unfit),
-    Backend(REFERENCE.name, lambda device, *_: REFERENCE.unfit(device)),
-)
+_ORDER = (grouped_mm.GROUPED_MM, TRITON, REFERENCE)
 
 
 def _module(backend: str) -> Any:

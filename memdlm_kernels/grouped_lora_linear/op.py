@@ -141,21 +141,13 @@ _MOST_TRITON_GROUPS = 4096  # each program looks at the ends of all of them
 
 
 def _triton_unfit(device: torch.device, dtype: torch.dtype, *sizes: int) -> str | None:
-    if dtype == torch.float64:
-        return f"x must be float32, bfloat16 or float16, got {dtype}"
     *_, groups = sizes
     if groups > _MOST_TRITON_GROUPS:
         return f"there must be at most {_MOST_TRITON_GROUPS} groups, got {groups}"
-    return TRITON.unfit(device)
+    return TRITON.unfit(device, dtype)
 
 
-# CPU and REFERENCE look at the device alone.
-_ORDER = (
-    Backend(CPU.name, lambda device, *_: CPU.unfit(device)),
-    Backend(TRITON.name, _triton_unfit),
-    grouped_mm.GROUPED_MM,
-    Backend(REFERENCE.name, lambda device, *_: REFERENCE.unfit(device)),
-)
+_ORDER = (CPU, Backend(TRITON.name, _triton_unfit), grouped_mm.GROUPED_MM, REFERENCE)
 
 
 def _module(backend: str) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memdlm_kernels._backends import CPU, REFERENCE, TRITON, Backend, choose, on_its_device
+from memdlm_kernels._backends import CPU, REFERENCE, TRITON, choose, on_its_device
 from memdlm_kernels.lora_linear import cpu, reference
 
 Shape = Sequence[int]
@@ -109,18 +109,7 @@ def _check(x: Tensor, base: Tensor, A: Tensor, B: Tensor, scale: float) -> None:
         raise ValueError(f"scale must be finite, got {scale}")
 
 
-def _triton_unfit(device: torch.device, dtype: torch.dtype) -> str | None:
-    if dtype == torch.float64:
-        return f"x must be float32, bfloat16 or float16, got {dtype}"
-    return TRITON.unfit(device)
-
-
-# Only Triton looks at more than the device.
-_ORDER = (
-    Backend(CPU.name, lambda device, _: CPU.unfit(device)),
-    Backend(TRITON.name, _triton_unfit),
-    Backend(REFERENCE.name, lambda device, _: REFERENCE.unfit(device)),
-)
+_ORDER = (CPU, TRITON, REFERENCE)
 
 
 def _module(backend: str) -> Any:

@@ -171,17 +171,12 @@ _MOST_TRITON_GROUPS = 4096  # each program looks at the ends of all of them
 
 
 def _triton_unfit(device: torch.device, dtype: torch.dtype, groups: int) -> str | None:
-    if dtype == torch.float64:
-        return f"gate must be float32, bfloat16 or float16, got {dtype}"
     if groups > _MOST_TRITON_GROUPS:
         return f"there must be at most {_MOST_TRITON_GROUPS} groups, got {groups}"
-    return TRITON.unfit(device)
+    return TRITON.unfit(device, dtype)
 
 
-_ORDER = (
-    Backend(TRITON.name, _triton_unfit),
-    Backend(REFERENCE.name, lambda device, *_: REFERENCE.unfit(device)),
-)
+_ORDER = (Backend(TRITON.name, _triton_unfit), REFERENCE)
 
 
 @torch.library.custom_op("memdlm::lora_swiglu", mutates_args=())

@@ -8,7 +8,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from memdlm_kernels._backends import CPU, REFERENCE, TRITON, Backend, choose, on_its_device
+from memdlm_kernels._backends import CPU, REFERENCE, TRITON, choose, on_its_device
 from memdlm_kernels._reduction import check_reduction, check_targets, is_eager_cpu, reduce_nll
 from memdlm_kernels.masked_linear_cross_entropy import cpu, reference
 
@@ -187,15 +187,7 @@ def _check(
             cpu.check_index(index, hidden.shape[0])
 
 
-def _triton_unfit(device: torch.device, dtype: torch.dtype) -> str | None:
-    return "the tensors are float64" if dtype == torch.float64 else TRITON.unfit(device)
-
-
-_ORDER = (
-    Backend(CPU.name, lambda device, _: CPU.unfit(device)),
-    Backend(TRITON.name, _triton_unfit),
-    Backend(REFERENCE.name, lambda device, _: REFERENCE.unfit(device)),
-)
+_ORDER = (CPU, TRITON, REFERENCE)
 
 
 def _implementation(backend: str) -> ModuleType:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memdlm_kernels._backends import REFERENCE, TRITON, Backend, choose, on_its_device
+from memdlm_kernels._backends import REFERENCE, TRITON, choose, on_its_device
 from memdlm_kernels._reduction import check_reduction, is_eager_cpu
 from memdlm_kernels.masked_linear_kl import reference
 
@@ -198,14 +198,7 @@ def _check_token_weight(token_weight: Tensor | None, rows: int, device: torch.de
         )
 
 
-def _triton_unfit(device: torch.device, dtype: torch.dtype) -> str | None:
-    return "the tensors are float64" if dtype == torch.float64 else TRITON.unfit(device)
-
-
-_ORDER = (
-    Backend(TRITON.name, _triton_unfit),
-    Backend(REFERENCE.name, lambda device, _: REFERENCE.unfit(device)),
-)
+_ORDER = (TRITON, REFERENCE)
 
 
 @torch.library.custom_op("memdlm::masked_linear_kl", mutates_args=())

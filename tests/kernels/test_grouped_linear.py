@@ -290,7 +290,7 @@ UNFIT = {
         out=12, dtype=torch.bfloat16, backend="grouped_mm"
     ),
     "above 0, got 0 and 8": dict(columns=0, backend="grouped_mm"),
-    "triton: x must be float32, bfloat16 or float16, got torch.float64": dict(
+    "triton: the tensors must be float32, bfloat16 or float16, got torch.float64": dict(
         dtype=torch.float64, backend="triton"
     ),
 }

@@ -402,7 +402,7 @@ def test_what_grouped_mm_does_not_take(message):
 
 def test_what_triton_does_not_take():
     tensors, offsets = inputs([3, 0, 2], 8, 6, 2, dtype=torch.float64)
-    with pytest.raises(ValueError, match="x must be float32, bfloat16 or float16, got"):
+    with pytest.raises(ValueError, match="must be float32, bfloat16 or float16, got"):
         grouped_lora_linear(*tensors, offsets, SCALE, backend="triton")
     tensors, offsets = inputs([0] * 4097, 2, 2, 1, dtype=torch.float32)
     with pytest.raises(ValueError, match="at most 4096 groups, got 4097"):

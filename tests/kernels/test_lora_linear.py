@@ -326,7 +326,7 @@ def test_second_derivatives_with_B_is_zero():
 
 def test_triton_takes_no_float64():
     tensors = inputs((4,), 8, 6, 2, dtype=torch.float64)
-    with pytest.raises(ValueError, match="x must be float32, bfloat16 or float16, got"):
+    with pytest.raises(ValueError, match="the tensors must be float32, bfloat16 or float16, got"):
         lora_linear(*tensors, SCALE, backend="triton")
 
 

@@ -438,7 +438,7 @@ BAD = {
     ),
     "scale must be finite": dict(scale=math.inf),
     "backend must be None or one of 'triton', 'reference'": dict(backend="cpu"),
-    "triton: gate must be float32, bfloat16 or float16, got torch.float64": dict(
+    "triton: the tensors must be float32, bfloat16 or float16, got torch.float64": dict(
         x=torch.zeros(2, 5, 8).double(), gate=torch.zeros(2, 5, 12).double(), backend="triton"
     ),
 }
