@@ -1,5 +1,7 @@
-"""Named shapes that the benchmarks run on."""
+"""Named shapes that the benchmarks run on, and which of them make up a suite."""
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,68 +9,191 @@ from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
 import memdlm.demo
 from memdlm.models import LLaDAMoEConfig
+from memdlm.models.published import PUBLISHED
 
 _DEMO_BASE = Path(memdlm.demo.__file__).parent / "base"
 
 
 @dataclass(frozen=True)
 class StepCase:
-    """A model's shape and a batch's.
+    """A model's shape, a batch's, and what is trained.
 
     Attributes:
-        config: the model's Hugging Face config; weights are random.
+        model: a name in `MODELS`; weights are random.
         batch_size: B.
         length: L.
         prompt_share: share of each sequence that is prompt, never masked.
-        outer_lora_rank: rank of the outer LoRA on attention and FFN; None for full fine-tuning.
+        outer: "full" trains every weight, "lora" a LoRA on attention and FFN, "lora_attention" one
+            on the attention alone.
+        gradient_checkpointing: recompute each layer in the outer backward.
     """
 
-    config: PretrainedConfig
+    model: str
     batch_size: int
     length: int
     prompt_share: float
-    outer_lora_rank: int | None
+    outer: str = "lora"
+    gradient_checkpointing: bool = False
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The model's Hugging Face config."""
+        config = MODELS[self.model]()
+        config.max_position_embeddings = max(config.max_position_embeddings, self.length)
+        return config
+
+    @property
+    def name(self) -> str:
+        """What tells it from every other case."""
+        checkpointed = ", checkpointed" if self.gradient_checkpointing else ""
+        return (
+            f"{self.model}, {self.batch_size} x {self.length}, {self.prompt_share:.0%} prompt, "
+            f"{self.outer}{checkpointed}"
+        )
 
 
-PRESETS = ("tiny", "dense_small", "llada_moe_small", "llada_moe")
+OUTER_LORA_RANK = 32
 
 
-def step_case(name: str) -> StepCase:
-    """The case of a preset.
+def _dense_small() -> PretrainedConfig:
+    return LlamaConfig(
+        vocab_size=32_000,
+        hidden_size=384,
+        intermediate_size=1_024,
+        num_hidden_layers=16,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+    )
 
-    "tiny" is the demo's model and batch, "dense_small" a decoder of 60 M parameters,
-    "llada_moe_small" one of 64 experts, an eighth of LLaDA-MoE in every width, "llada_moe" that
-    model itself (7.4 B parameters) on two sequences of 4,096 tokens, for a GPU.
+
+def _smollm2_small() -> PretrainedConfig:
+    config = PUBLISHED["SmolLM2-135M"]()
+    config.num_hidden_layers = 10
+    return config
+
+
+def _llada_moe_small() -> PretrainedConfig:
+    return LLaDAMoEConfig(
+        vocab_size=32_000,
+        hidden_size=256,
+        expert_intermediate_size=128,
+        num_hidden_layers=16,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_experts=64,
+        num_experts_per_tok=8,
+        pad_token_id=None,
+        mask_token_id=31_999,
+        eos_token_id=None,
+    )
+
+
+# Published shapes; the demo's model; a decoder of 60 M parameters; SmolLM2-135M's widths with a
+# third of its layers; an eighth of LLaDA-MoE in every width.
+MODELS: dict[str, Callable[[], PretrainedConfig]] = {
+    **PUBLISHED,
+    "tiny": lambda: AutoConfig.from_pretrained(_DEMO_BASE),
+    "dense_small": _dense_small,
+    "smollm2_small": _smollm2_small,
+    "llada_moe_small": _llada_moe_small,
+}
+
+# One batch of each small model, as a trainer would take it.
+SMALL = {
+    "tiny": StepCase("tiny", 8, 256, 0.8, "full"),
+    "dense_small": StepCase("dense_small", 2, 512, 0.8),
+    "smollm2_small": StepCase("smollm2_small", 2, 512, 0.8),
+    "llada_moe_small": StepCase("llada_moe_small", 2, 512, 0.8),
+}
+
+
+def _varied(case: StepCase, **values: list[object]) -> list[StepCase]:
+    """The case with each of the values of each field, one field at a time."""
+    return [
+        dataclasses.replace(case, **{field: value})
+        for field, choices in values.items()
+        for value in choices
+    ]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What `python -m bench.run` measures.
+
+    Attributes:
+        device: type of the device that it is for.
+        dtype: of the model and of the ops.
+        costs: cases that are measured with every K.
+        inner_steps: those K.
+        sweeps: cases that are measured with K = 2 alone and without `memdlm_naive`: lengths, prompt
+            shares, checkpointing.
+        repeats: timed rounds of a step.
+        op_rounds: timed rounds of an op.
     """
-    if name == "tiny":
-        return StepCase(AutoConfig.from_pretrained(_DEMO_BASE), 8, 256, 0.8, None)
-    if name == "dense_small":
-        config = LlamaConfig(
-            vocab_size=32_000,
-            hidden_size=384,
-            intermediate_size=1_024,
-            num_hidden_layers=16,
-            num_attention_heads=6,
-            num_key_value_heads=6,
-            max_position_embeddings=512,
+
+    device: str
+    dtype: str
+    costs: list[StepCase]
+    inner_steps: list[int]
+    sweeps: list[StepCase]
+    repeats: int
+    op_rounds: int
+
+
+_REAL = [
+    StepCase("LLaDA-MoE-7B-A1B", 2, 4_096, 0.9, "lora_attention"),
+    StepCase("LLaDA-8B", 1, 4_096, 0.9),
+    StepCase("LLaDA2.x-mini", 1, 4_096, 0.9, "lora_attention"),
+    StepCase("Dream-7B", 1, 4_096, 0.9),
+    StepCase("SmolLM2-135M", 8, 2_048, 0.8, "full"),
+]
+
+SUITES = {
+    "quick": Suite(
+        device="cpu",
+        dtype="float32",
+        costs=[SMALL["tiny"], SMALL["smollm2_small"], SMALL["llada_moe_small"]],
+        inner_steps=[1, 2, 3, 4],
+        sweeps=_varied(SMALL["tiny"], length=[512, 1_024, 2_048]),
+        repeats=5,
+        op_rounds=9,
+    ),
+    "cpu": Suite(
+        device="cpu",
+        dtype="float32",
+        costs=list(SMALL.values()),
+        inner_steps=[1, 2, 3, 4],
+        sweeps=[
+            *_varied(SMALL["tiny"], length=[512, 1_024, 2_048], prompt_share=[0.5, 0.9, 0.95]),
+            *_varied(
+                SMALL["llada_moe_small"],
+                length=[1_024, 2_048],
+                prompt_share=[0.5, 0.9, 0.95],
+                outer=["full", "lora_attention"],
+                gradient_checkpointing=[True],
+            ),
+        ],
+        repeats=7,
+        op_rounds=21,
+    ),
+    "gpu": Suite(
+        device="cuda",
+        dtype="bfloat16",
+        costs=_REAL,
+        inner_steps=[1, 2, 3, 4],
+        sweeps=_varied(
+            _REAL[0],
+            length=[1_024, 2_048, 8_192],
+            prompt_share=[0.5, 0.8, 0.95],
+            batch_size=[1],
+            gradient_checkpointing=[True],
         )
-        return StepCase(config, 2, 512, 0.8, 32)
-    if name == "llada_moe_small":
-        sparse = LLaDAMoEConfig(
-            vocab_size=32_000,
-            hidden_size=256,
-            expert_intermediate_size=128,
-            num_hidden_layers=16,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            num_experts=64,
-            num_experts_per_tok=8,
-            max_position_embeddings=512,
-            pad_token_id=None,
-            mask_token_id=31_999,
-            eos_token_id=None,
-        )
-        return StepCase(sparse, 2, 512, 0.8, 32)
-    if name == "llada_moe":
-        return StepCase(LLaDAMoEConfig(), 2, 4_096, 0.9, 32)
-    raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+        # Long inputs do not fit without recomputing.
+        + [
+            dataclasses.replace(_REAL[0], batch_size=1, length=length, gradient_checkpointing=True)
+            for length in (16_384, 32_768)
+        ],
+        repeats=3,
+        op_rounds=21,
+    ),
+}

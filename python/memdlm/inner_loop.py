@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from memdlm.backbone import Activations, Backbone, Context
 from memdlm.config import MemoryConfig
@@ -68,7 +69,7 @@ def pre_anchor_boundaries(
     rows = torch.cat([state["rows"] for state in states])
     clean = clean_ids.repeat(len(states), 1)
     mask = None if attention_mask is None else attention_mask.repeat(len(states), 1)
-    with torch.no_grad():
+    with torch.no_grad(), record_function("memdlm.noisier_prefix"):
         activations = backbone.prefix(ids, backbone.context(ids, mask, rows), clean)
     first = states[0]
     context = backbone.context(first["input_ids"], attention_mask, first["rows"])
@@ -108,21 +109,26 @@ def adapt(
     for _ in range(config.inner_epochs):
         for state, boundary in zip(states, boundaries, strict=True):
             with torch.enable_grad():
-                rows = backbone.suffix(
-                    boundary.activations.detach(),
-                    state["valid"],
-                    boundary.context,
-                    memory,
-                    recompute=recompute,
-                )  # [M, D]
-                nll = masked_linear_cross_entropy(rows, weight, state["target"], bias=bias)
-                weighted = nll * state["weight"].to(nll.dtype)  # [M]
-                per_set = _sum_per_set(weighted, state["sample"], len(fast_weights.param))  # [S]
+                with record_function("memdlm.inner_suffix"):
+                    rows = backbone.suffix(
+                        boundary.activations.detach(),
+                        state["valid"],
+                        boundary.context,
+                        memory,
+                        recompute=recompute,
+                    )  # [M, D]
+                with record_function("memdlm.inner_loss"):
+                    nll = masked_linear_cross_entropy(rows, weight, state["target"], bias=bias)
+                    weighted = nll * state["weight"].to(nll.dtype)  # [M]
+                    sets = len(fast_weights.param)
+                    per_set = _sum_per_set(weighted, state["sample"], sets)  # [S]
                 # The sets do not touch each other, so one backward of the sum serves them all.
                 leaves = fast_weights.leaves
-                gradients = torch.autograd.grad(per_set.sum(), leaves, allow_unused=True)
+                with record_function("memdlm.inner_backward"):
+                    gradients = torch.autograd.grad(per_set.sum(), leaves, allow_unused=True)
             loss = per_set.detach()
-            norm, skipped = fast_weights.step(gradients, loss)
+            with record_function("memdlm.update"):
+                norm, skipped = fast_weights.step(gradients, loss)
             losses.append(loss)
             norms.append(norm)
             skips.append(skipped)

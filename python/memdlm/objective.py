@@ -1,6 +1,7 @@
 """The outer step: from a batch to a loss, for plain MDLM and for MemDLM.
 
 Both are modules whose `forward` is the single call that a training loop, DDP or a compiler sees.
+`record_function` marks the parts of a step in traces of `torch.profiler`.
 """
 
 import contextlib
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from memdlm.backbone import Backbone, find_targets
 from memdlm.config import DiffusionConfig, MemoryConfig
@@ -171,7 +173,8 @@ class MemDLMObjective(MDLMObjective):
             boundaries = [anchor if state["is_anchor"] else next(made) for state in states]
             if self.memory.inner_graph:
                 return self._graph(seeds, states, boundaries)
-            self.fast_weights.reset(seeds)
+            with record_function("memdlm.reset"):
+                self.fast_weights.reset(seeds)
             return adapt(self.backbone, self.fast_weights, states, boundaries, self.memory)
 
 
@@ -195,8 +198,9 @@ def anchor_boundary(backbone: Backbone, batch: dict[str, Any]) -> Boundary:
         )
     anchor: State = batch["anchor"]
     ids = anchor["input_ids"]
-    context = backbone.context(ids, batch.get("attention_mask"), anchor["rows"])
-    return Boundary(backbone.prefix(ids, context, batch["input_ids"]), context)
+    with record_function("memdlm.anchor_prefix"):
+        context = backbone.context(ids, batch.get("attention_mask"), anchor["rows"])
+        return Boundary(backbone.prefix(ids, context, batch["input_ids"]), context)
 
 
 def outer_loss(
@@ -219,15 +223,17 @@ def outer_loss(
         [] loss.
     """
     weight, bias = backbone.head()
-    rows = backbone.suffix(
-        boundary.activations, anchor["valid"], boundary.context, memory
-    )  # [M, D]
-    return masked_linear_cross_entropy(
-        rows,
-        weight,
-        anchor["target"],
-        bias=bias,
-        token_weight=anchor["weight"].to(torch.promote_types(rows.dtype, torch.float32)),
-        reduction="mean",
-        normalizer=normalizer,
-    )
+    with record_function("memdlm.outer_suffix"):
+        rows = backbone.suffix(
+            boundary.activations, anchor["valid"], boundary.context, memory
+        )  # [M, D]
+    with record_function("memdlm.outer_loss"):
+        return masked_linear_cross_entropy(
+            rows,
+            weight,
+            anchor["target"],
+            bias=bias,
+            token_weight=anchor["weight"].to(torch.promote_types(rows.dtype, torch.float32)),
+            reduction="mean",
+            normalizer=normalizer,
+        )
