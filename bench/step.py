@@ -1,36 +1,25 @@
-"""What one training step costs: `python -m bench.step --preset dense_small --k 1 2 3 4`.
+"""What one training step costs: `python -m bench.step --model llada_moe_small --k 1 2 3 4`.
 
-Four kinds of step on the same batches, interleaved in one process: `mdlm_all_rows` is what trainers
-do today (logits and loss at every position), `mdlm` reads masked rows only, `memdlm_naive` is the
-method written plainly, `memdlm` is ours. A step is forward, backward, and AdamW. Where the model
-has experts, the first and the third loop over them, as published models do.
+The variants (`bench.variants`) run on the same batches, interleaved in one process. Each gives one
+row: times, peak memory, FLOPs, and where the time goes.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from accelerate.utils import send_to_device
-from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdpa_flop_count
-from transformers import AutoModelForCausalLM
 
 import memdlm_kernels.flops  # noqa: F401 - registers the formulas
-from bench.cases import PRESETS, StepCase, step_case
-from bench.looped_experts import with_looped_experts
+from bench.cases import MODELS, SMALL, StepCase
 from bench.timing import interleaved_ms, machine, peak_mib, percentiles, write_rows
-from memdlm.config import DiffusionConfig, MemoryConfig
-from memdlm.data.collator import MaskCollator, noise
-from memdlm.objective import MDLMObjective, MemDLMObjective
-from tests.oracle import draw_fast_weights, training_step
+from bench.variants import Step, check_losses, make_steps
 
-_ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
-_FFN = ["gate_proj", "up_proj", "down_proj"]
-_STACKED = ["experts.gate_up_proj", "experts.down_proj"]
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 # The counter knows the GPU's attention kernels only.
@@ -54,162 +43,137 @@ def _grouped_flops(rows: Any, weight: Any, *args: Any, out_shape: Any = None, **
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the benchmark and print its table."""
+    """Run the benchmark by hand and print its table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", choices=PRESETS, default="tiny")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=tuple(_DTYPES), default="float32")
-    parser.add_argument(
-        "--outer_lora",
-        choices=("all", "attention"),
-        default="all",
-        help="what carries the outer LoRA, in a preset that has one",
-    )
+    add_case_options(parser)
     parser.add_argument("--k", type=int, nargs="+", default=[2], help="inner steps")
-    parser.add_argument("--without_naive", action="store_true", help="leave out memdlm_naive")
-    parser.add_argument("--repeats", type=int, default=5, help="timed rounds")
-    parser.add_argument("--batches", type=int, default=3, help="batches in one round")
-    parser.add_argument("--json", help="append one JSON line per variant to this file")
-    options = parser.parse_args(arguments)
-    device = torch.device(options.device)
-    case = step_case(options.preset)
-    steps = make_steps(
-        case,
-        options.k,
-        options.batches,
-        device,
-        _DTYPES[options.dtype],
-        options.outer_lora,
-        naive=not options.without_naive,
+    parser.add_argument(
+        "--without_naive",
+        action="store_true",
+        help="leave out memdlm_naive, which --gradient_checkpointing does anyway",
     )
-    check_losses(steps)
-
-    rounds = {name: _run_all(step, options.batches) for name, step in steps.items()}
-    times = interleaved_ms(rounds, options.repeats, device)
-    facts = machine(device)
-    rows = []
-    for name, run in rounds.items():
-        variant, _, k = name.partition(" K=")
-        with FlopCounterMode(display=False) as counter:
-            run()
-        row = {
-            "bench": "step",
-            "preset": options.preset,
-            "dtype": options.dtype,
-            "outer_lora": options.outer_lora if case.outer_lora_rank else None,
-            "variant": variant,
-            "k": int(k) if k else None,
-            **percentiles([time_ms / options.batches for time_ms in times[name]]),
-            "peak_mib": round(peak_mib(run, device), 1),
-            "flops": counter.get_total_flops() // options.batches,
-            **facts,
-        }
-        # At once: what was measured stays, should a later variant fail.
-        write_rows(options.json, [row])
-        rows.append(row)
-    _print_table(rows)
+    parser.add_argument("--repeats", type=int, default=5, help="timed rounds")
+    parser.add_argument("--batches", type=int, help="in one round; by default what the case needs")
+    parser.add_argument("--json", type=Path, help="append one JSON line per variant to this file")
+    options = parser.parse_args(arguments)
+    case = case_of(options)
+    rows = measure(
+        case,
+        inner_steps=options.k,
+        repeats=options.repeats,
+        batches=options.batches,
+        device=torch.device(options.device),
+        dtype=DTYPES[options.dtype],
+        naive=not (options.without_naive or case.gradient_checkpointing),
+        path=options.json,
+    )
+    print_table(rows)
 
 
-def make_steps(
+def add_case_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name a case and where it runs; `case_of` reads the former."""
+    parser.add_argument("--model", choices=MODELS, default="tiny")
+    parser.add_argument("--batch_size", type=int)
+    parser.add_argument("--length", type=int, help="tokens of a sequence")
+    parser.add_argument("--prompt_share", type=float, help="share of it that is never masked")
+    parser.add_argument("--outer", choices=("full", "lora", "lora_attention"), help="what trains")
+    parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
+
+
+def case_of(options: argparse.Namespace) -> StepCase:
+    """The small batch of the model (a published one: 1 x 4,096), with what was asked for."""
+    base = SMALL.get(options.model, StepCase(options.model, 1, 4_096, 0.9))
+    fields = ("batch_size", "length", "prompt_share", "outer")
+    asked = {name: getattr(options, name) for name in fields}
+    given = {name: value for name, value in asked.items() if value is not None}
+    return replace(base, gradient_checkpointing=options.gradient_checkpointing, **given)
+
+
+def default_batches(case: StepCase) -> int:
+    """Batches of one round: more where a step takes less than a second."""
+    return 3 if case.model == "tiny" and case.batch_size * case.length <= 2_048 else 1
+
+
+def measure(
     case: StepCase,
-    inner_steps: list[int],
-    batches: int,
+    *,
+    inner_steps: Sequence[int],
+    repeats: int,
     device: torch.device,
     dtype: torch.dtype,
-    outer_lora: str = "all",
-    *,
+    batches: int | None = None,
     naive: bool = True,
-) -> dict[str, Callable[[int], Tensor]]:
-    """A training step of each variant, as a function of the batch's number.
+    naive_steps: Sequence[int] | None = None,
+    suite: str | None = None,
+    run: str | None = None,
+    path: str | Path | None = None,
+) -> list[dict[str, Any]]:
+    """Measure every variant of a case.
 
     Args:
         case: the shape.
-        inner_steps: the K of `memdlm`, and the first of `memdlm_naive`.
-        batches: how many batches there are.
+        inner_steps: the K of `memdlm`.
+        repeats: timed rounds, in which the variants take turns.
         device, dtype: of the model.
-        outer_lora: "all" or "attention", what carries the outer LoRA.
-        naive: whether `memdlm_naive` is among the variants.
+        batches: batches of one round, over which its time is averaged; None for `default_batches`.
+        naive: whether `memdlm_naive` is measured too.
+        naive_steps: with which of `inner_steps`; None for all.
+        suite: the suite's name for the rows, None by hand.
+        run: when the invocation began, UTC, ISO seconds; None for now.
+        path: a file that gets each row as a JSON line as soon as it is there.
 
     Returns:
-        Variant (with " K=..." where it has one) to a step that returns its loss.
-    """
-    torch.manual_seed(0)
-    with device:
-        bare = AutoModelForCausalLM.from_config(case.config, dtype=dtype)
-    # A model of its own: ours lets PEFT's layers run by another function.
-    if case.outer_lora_rank is not None:
-        bare.requires_grad_(False)
-    looped = with_looped_experts(bare, share_weights=case.outer_lora_rank is not None)
-    diffusion = DiffusionConfig()
-    model, optimised = _trained(bare, case.outer_lora_rank, outer_lora)
-    published, optimised_published = _trained(looped, case.outer_lora_rank, outer_lora)
-
-    steps: dict[str, Callable[[int], Tensor]] = {}
-    plain = make_batches(case, diffusion, None, batches, device)
-    steps["mdlm_all_rows"] = optimised_published(lambda n: _all_rows(published, plain[n]))
-    objective = MDLMObjective(model, diffusion)
-    steps["mdlm"] = optimised(lambda n: _backward(objective, plain[n]))
-    for k in inner_steps:
-        memory = MemoryConfig(inner_steps=k)
-        own = make_batches(case, diffusion, memory, batches, device)
-        if naive:
-            plainly = _naive_step(looped, case, diffusion, memory, own)
-            steps[f"memdlm_naive K={k}"] = optimised_published(plainly)
-        ours = MemDLMObjective(model, diffusion, memory)
-        steps[f"memdlm K={k}"] = optimised(lambda n, ours=ours, own=own: _backward(ours, own[n]))
-    return steps
-
-
-def check_losses(steps: dict[str, Callable[[int], Tensor]]) -> None:
-    """Run the first step of both plain variants, whose LoRA is still zero: the losses must agree.
+        One row for each variant.
 
     Raises:
-        ValueError: they do not.
+        ValueError: variants whose losses differ, `memdlm_naive` with gradient checkpointing.
     """
-    losses = {name: float(steps[name](0)) for name in ("mdlm_all_rows", "mdlm")}
-    all_rows, masked = losses.values()
-    if abs(all_rows - masked) > 0.01 * abs(all_rows):
-        raise ValueError(f"the variants must compute the same loss, got {losses}")
+    batches = batches or default_batches(case)
+    steps = make_steps(
+        case, inner_steps, batches, device, dtype, naive=naive, naive_steps=naive_steps
+    )
+    check_losses(steps)
+    rounds = {name: _round(step, batches) for name, step in steps.items()}
+    times_ms = interleaved_ms(rounds, repeats, device)
+    facts = {
+        "bench": "step",
+        "suite": suite,
+        "run": run or datetime.now(UTC).isoformat(timespec="seconds"),
+        **machine(device),
+        "case": case.name,
+        "model": case.model,
+        "batch_size": case.batch_size,
+        "length": case.length,
+        "prompt_share": case.prompt_share,
+        "outer": case.outer,
+        "gradient_checkpointing": case.gradient_checkpointing,
+        "dtype": str(dtype).removeprefix("torch."),
+        "tokens": case.batch_size * case.length,
+    }
+    rows = []
+    for name, take_round in rounds.items():
+        variant, _, k = name.partition(" K=")
+        own_ms = [time_ms / batches for time_ms in times_ms[name]]
+        with FlopCounterMode(display=False) as counter:
+            take_round()
+        row = {
+            **facts,
+            "variant": variant,
+            "k": int(k) if k else None,
+            "times_ms": [round(time_ms, 3) for time_ms in own_ms],
+            **percentiles(own_ms),
+            "peak_mib": round(peak_mib(take_round, device), 1),
+            "flops": counter.get_total_flops() // batches,
+        }
+        # At once: what was measured stays, should a later variant fail.
+        write_rows(path, [row])
+        rows.append(row)
+    return rows
 
 
-def _trained(
-    bare: nn.Module, rank: int | None, outer_lora: str
-) -> tuple[nn.Module, Callable[[Callable[[int], Tensor]], Callable[[int], Tensor]]]:
-    """The model with its LoRA, and what makes an optimised step of a forward and backward."""
-    model = bare
-    if rank is not None:
-        sparse = any(name.endswith(_STACKED[0]) for name, _ in bare.named_parameters())
-        everything = outer_lora == "all"
-        lora = LoraConfig(
-            r=rank,
-            lora_alpha=2 * rank,
-            target_modules=_ATTENTION + (_FFN if everything else []),
-            target_parameters=_STACKED if sparse and everything else None,
-        )
-        model = get_peft_model(bare, lora)
-    model.train()
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-5)
-
-    def optimised(loss_and_backward: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
-        def step(number: int) -> Tensor:
-            optimizer.zero_grad()
-            loss = loss_and_backward(number)
-            optimizer.step()
-            return loss
-
-        return step
-
-    return model, optimised
-
-
-def _backward(objective: nn.Module, batch: dict[str, Any]) -> Tensor:
-    loss = objective(batch).loss
-    loss.backward()
-    return loss.detach()
-
-
-def _run_all(step: Callable[[int], Tensor], batches: int) -> Callable[[], None]:
+def _round(step: Step, batches: int) -> Callable[[], None]:
     def run() -> None:
         for number in range(batches):
             step(number)
@@ -217,107 +181,16 @@ def _run_all(step: Callable[[int], Tensor], batches: int) -> Callable[[], None]:
     return run
 
 
-def make_batches(
-    case: StepCase,
-    diffusion: DiffusionConfig,
-    memory: MemoryConfig | None,
-    count: int,
-    device: torch.device,
-) -> list[dict[str, Any]]:
-    """Batches of random tokens.
-
-    Args:
-        case: the shape.
-        diffusion, memory: of the collator.
-        count: how many batches.
-        device: where they are put.
-
-    Returns:
-        What `MaskCollator` makes, `count` times.
-    """
-    vocab_size = case.config.vocab_size
-    collator = MaskCollator(vocab_size - 1, 0, vocab_size, diffusion, memory)
-    generator = torch.Generator().manual_seed(0)
-    batches = []
-    for number in range(count):
-        ids = torch.randint(1, vocab_size - 1, (case.batch_size, case.length), generator=generator)
-        labels = ids.clone()
-        labels[:, : int(case.prompt_share * case.length)] = -100
-        features = [
-            {
-                "input_ids": ids[b],
-                "labels": labels[b],
-                "example": number * case.batch_size + b,
-                "epoch": 0,
-            }
-            for b in range(case.batch_size)
-        ]
-        batches.append(send_to_device(collator(features), device))
-    return batches
-
-
-def _all_rows(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-    """The step that masked diffusion trainers run today."""
-    noisy, clean = batch["anchor"]["input_ids"], batch["input_ids"]
-    logits = model(input_ids=noisy, is_causal=False, use_cache=False).logits  # [B, L, V]
-    nll = F.cross_entropy(logits.transpose(1, 2), clean, reduction="none")  # [B, L]
-    weight = (1 / batch["time"]).to(nll.dtype)[:, None] * (noisy != clean)
-    loss = (nll * weight).sum() / batch["normalizer"]
-    loss.backward()
-    return loss.detach()
-
-
-def _naive_step(
-    model: nn.Module,
-    case: StepCase,
-    diffusion: DiffusionConfig,
-    memory: MemoryConfig,
-    batches: list[dict[str, Any]],
-) -> Callable[[int], Tensor]:
-    mask_id = case.config.vocab_size - 1
-    fast_weights = draw_fast_weights(model, memory, 1)
-    epsilon = diffusion.time_epsilon
-    priority = [
-        torch.stack(
-            [
-                torch.from_numpy(noise(0, 0, number * case.batch_size + b, case.length, epsilon)[1])
-                for b in range(case.batch_size)
-            ]
-        )
-        for number in range(len(batches))
-    ]
-
-    def step(number: int) -> Tensor:
-        batch = batches[number]
-        done = training_step(
-            model,
-            batch["input_ids"],
-            batch["labels"],
-            None,
-            batch["time"],
-            priority[number],
-            diffusion,
-            mask_id,
-            memory,
-            fast_weights,
-        )
-        return done.outer_loss
-
-    return step
-
-
-def _print_table(rows: list[dict[str, Any]]) -> None:
-    base = next(row for row in rows if row["variant"] == "mdlm_all_rows")
-    ours = next(row for row in rows if row["variant"] == "mdlm")
-    print(
-        f"{'variant':<14}{'K':>3}{'p50 ms':>10}{'/all rows':>11}{'/mdlm':>8}"
-        f"{'FLOPs/mdlm':>12}{'GFLOP':>9}{'peak MiB':>10}"
-    )
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Print measured rows of one case beside both standards."""
+    all_rows = next(row for row in rows if row["variant"] == "mdlm_all_rows")
+    mdlm = next(row for row in rows if row["variant"] == "mdlm")
+    print(rows[0]["case"])
     for row in rows:
         print(
-            f"{row['variant']:<14}{row['k'] or '':>3}{row['p50_ms']:>10.1f}"
-            f"{row['p50_ms'] / base['p50_ms']:>11.3f}{row['p50_ms'] / ours['p50_ms']:>8.3f}"
-            f"{row['flops'] / ours['flops']:>12.3f}{row['flops'] / 1e9:>9.1f}"
+            f"{row['variant']:<17}{row['k'] or '':>2}{row['p50_ms']:>10.1f}"
+            f"{row['p50_ms'] / all_rows['p50_ms']:>9.2f}{row['p50_ms'] / mdlm['p50_ms']:>8.2f}"
+            f"{row['flops'] / mdlm['flops']:>8.2f}"
             f"{row['peak_mib']:>10.1f}"
         )
 

@@ -1,0 +1,267 @@
+"""The training steps that `bench.step` measures, all on the same batches.
+
+- `mdlm_all_rows` is what trainers do today: logits and loss at every position, experts in a Python
+  loop as published models run them, PEFT's own forward.
+- `mdlm` is ours: masked rows only.
+- `memdlm_naive` is the method written plainly, on the published model.
+- `memdlm` is ours, and computes the same.
+- `memdlm_prompt_kv` is ours with `prefix_reuse="prompt_kv"`, which computes something near it.
+
+A step is forward, backward and AdamW; the batches are made beforehand. Its parts are marked for
+`bench.breakdown`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import send_to_device
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.profiler import record_function
+from transformers import AutoModelForCausalLM
+
+from bench.cases import OUTER_LORA_RANK, StepCase
+from bench.looped_experts import with_looped_experts
+from memdlm.config import DiffusionConfig, MemoryConfig
+from memdlm.data.collator import MaskCollator, noise
+from memdlm.objective import MDLMObjective, MemDLMObjective
+from tests.oracle import draw_fast_weights, training_step
+
+_ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+_FFN = ["gate_proj", "up_proj", "down_proj"]
+_STACKED = ["experts.gate_up_proj", "experts.down_proj"]
+
+Step = Callable[[int], Tensor]
+
+
+def make_steps(
+    case: StepCase,
+    inner_steps: Sequence[int],
+    batches: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    naive: bool = True,
+    naive_steps: Sequence[int] | None = None,
+) -> dict[str, Step]:
+    """A training step of each variant, as a function of the batch's number.
+
+    Args:
+        case: the shape.
+        inner_steps: the K of `memdlm`.
+        batches: how many batches there are.
+        device, dtype: of the model.
+        naive: whether `memdlm_naive` is among the variants.
+        naive_steps: those of `inner_steps` that it is made for, None for all.
+
+    Returns:
+        Variant (with " K=..." where it has one) to a step that returns its loss.
+
+    Raises:
+        ValueError: `memdlm_naive` with gradient checkpointing.
+    """
+    if naive and case.gradient_checkpointing:
+        raise ValueError(
+            "naive must be False with gradient_checkpointing, got True: its fast weights hang on "
+            "the layers as hooks, which are gone when the layers are recomputed"
+        )
+    torch.manual_seed(0)
+    with device:
+        bare = AutoModelForCausalLM.from_config(case.config, dtype=dtype)
+    # A model of its own: ours lets PEFT's layers run by another function.
+    if case.outer != "full":
+        bare.requires_grad_(False)
+    looped = with_looped_experts(bare, share_weights=case.outer != "full")
+    diffusion = DiffusionConfig()
+    model, optimised = _trained(bare, case)
+    published, optimised_published = _trained(looped, case)
+
+    steps: dict[str, Step] = {}
+    plain = make_batches(case, diffusion, None, batches, device)
+    steps["mdlm_all_rows"] = optimised_published(lambda n: _all_rows(published, plain[n]))
+    objective = MDLMObjective(model, diffusion)
+    steps["mdlm"] = optimised(lambda n: _ours(objective, plain[n]))
+    for k in inner_steps:
+        memory = MemoryConfig(inner_steps=k)
+        own = make_batches(case, diffusion, memory, batches, device)
+        if naive and (naive_steps is None or k in naive_steps):
+            plainly = _naive_step(looped, case, diffusion, memory, own)
+            steps[f"memdlm_naive K={k}"] = optimised_published(plainly)
+        ours = MemDLMObjective(model, diffusion, memory)
+        steps[f"memdlm K={k}"] = optimised(lambda n, ours=ours, own=own: _ours(ours, own[n]))
+    return steps
+
+
+def check_losses(steps: dict[str, Step]) -> None:
+    """Run the first step of both plain variants, whose LoRA is still zero: the losses must agree.
+
+    Args:
+        steps: from `make_steps`, not run yet.
+
+    Raises:
+        ValueError: they do not.
+    """
+    losses = {name: float(steps[name](0)) for name in ("mdlm_all_rows", "mdlm")}
+    all_rows, masked = losses.values()
+    if abs(all_rows - masked) > 0.01 * abs(all_rows):
+        raise ValueError(f"the variants must compute the same loss, got {losses}")
+
+
+def make_batches(
+    case: StepCase,
+    diffusion: DiffusionConfig,
+    memory: MemoryConfig | None,
+    count: int,
+    device: torch.device,
+) -> list[dict[str, Any]]:
+    """Batches of random tokens, the same on every machine and for every variant.
+
+    How many rows are masked follows from each sequence's time t, and a few draws of it are far from
+    their mean. So t is drawn in strata: sequence i of n has the t nearest to (i + 1/2) / n among
+    those of 1,000 examples, and each batch holds small and large ones. Half of the maskable tokens
+    are masked on average, whatever the batch size.
+
+    Args:
+        case: the shape.
+        diffusion, memory: of the collator.
+        count: how many batches.
+        device: where they are put.
+
+    Returns:
+        What `MaskCollator` makes, `count` times.
+    """
+    collator = _collator(case, diffusion, memory)
+    return [send_to_device(collator(features), device) for features in _features(case, count)]
+
+
+def _collator(
+    case: StepCase, diffusion: DiffusionConfig, memory: MemoryConfig | None
+) -> MaskCollator:
+    vocab_size = case.config.vocab_size
+    right_shift = bool(getattr(case.config, "right_shift_logits", False))
+    return MaskCollator(
+        vocab_size - 1, 0, vocab_size, diffusion, memory, right_shift_logits=right_shift
+    )
+
+
+def _features(case: StepCase, count: int) -> list[list[dict[str, Any]]]:
+    """The examples of each batch."""
+    vocab_size = case.config.vocab_size
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for examples in _examples(case.batch_size, count):
+        ids = torch.randint(1, vocab_size - 1, (case.batch_size, case.length), generator=generator)
+        labels = ids.clone()
+        labels[:, : int(case.prompt_share * case.length)] = -100
+        batches.append(
+            [
+                {"input_ids": row, "labels": row_labels, "example": example, "epoch": 0}
+                for row, row_labels, example in zip(ids, labels, examples, strict=True)
+            ]
+        )
+    return batches
+
+
+def _examples(batch_size: int, count: int) -> list[list[int]]:
+    """Numbers of the examples of each batch, whose times are spread evenly over (0, 1)."""
+    epsilon = DiffusionConfig().time_epsilon
+    times = torch.tensor([noise(0, 0, example, 1, epsilon)[0] for example in range(1_000)])
+    middles = (torch.arange(batch_size * count) + 0.5) / (batch_size * count)
+    nearest = (times[None] - middles[:, None]).abs().argmin(1)
+    return [nearest[number::count].tolist() for number in range(count)]
+
+
+def _trained(bare: Any, case: StepCase) -> tuple[Any, Callable[[Step], Step]]:
+    """The model with its LoRA, and what makes an optimised step of a forward and backward."""
+    model = bare
+    if case.outer != "full":
+        sparse = any(name.endswith(_STACKED[0]) for name, _ in bare.named_parameters())
+        everything = case.outer == "lora"
+        lora = LoraConfig(
+            r=OUTER_LORA_RANK,
+            lora_alpha=2 * OUTER_LORA_RANK,
+            target_modules=_ATTENTION + (_FFN if everything else []),
+            target_parameters=_STACKED if sparse and everything else None,
+        )
+        model = get_peft_model(bare, lora)
+    model.train()
+    if case.gradient_checkpointing:
+        bare.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5)
+
+    def optimised(loss_and_backward: Step) -> Step:
+        def step(number: int) -> Tensor:
+            loss = loss_and_backward(number)
+            with record_function("bench.optimizer"):
+                optimizer.step()
+                # Now, not before the next step: its gradients are of a step's own memory.
+                optimizer.zero_grad()
+            return loss
+
+        return step
+
+    return model, optimised
+
+
+def _backward(loss: Tensor) -> Tensor:
+    with record_function("bench.outer_backward"):
+        loss.backward()
+    return loss.detach()
+
+
+def _ours(objective: nn.Module, batch: dict[str, Any]) -> Tensor:
+    return _backward(objective(batch).loss)
+
+
+def _all_rows(model: Any, batch: dict[str, Any]) -> Tensor:
+    noisy, clean = batch["anchor"]["input_ids"], batch["input_ids"]
+    with record_function("bench.forward"):
+        logits = model(input_ids=noisy, is_causal=False, use_cache=False).logits  # [B, L, V]
+        if batch["right_shift_logits"]:
+            logits = torch.cat((logits[:, :1], logits[:, :-1]), dim=1)
+        nll = F.cross_entropy(logits.transpose(1, 2), clean, reduction="none")  # [B, L]
+        weight = (1 / batch["time"]).to(nll.dtype)[:, None] * (noisy != clean)
+        loss = (nll * weight).sum() / batch["normalizer"]
+    return _backward(loss)
+
+
+def _naive_step(
+    model: Any,
+    case: StepCase,
+    diffusion: DiffusionConfig,
+    memory: MemoryConfig,
+    batches: list[dict[str, Any]],
+) -> Step:
+    mask_id = case.config.vocab_size - 1
+    fast_weights = draw_fast_weights(model, memory, 1)
+    epsilon = diffusion.time_epsilon
+    priority = [
+        torch.stack(
+            [
+                torch.from_numpy(noise(0, 0, example, case.length, epsilon)[1])
+                for example in examples
+            ]
+        )
+        for examples in _examples(case.batch_size, len(batches))
+    ]
+
+    def step(number: int) -> Tensor:
+        batch = batches[number]
+        done = training_step(
+            model,
+            batch["input_ids"],
+            batch["labels"],
+            None,
+            batch["time"],
+            priority[number],
+            diffusion,
+            mask_id,
+            memory,
+            fast_weights,
+        )
+        return done.outer_loss
+
+    return step
