@@ -7,6 +7,7 @@ every row, but nothing else does.
 """
 
 import contextlib
+import dataclasses
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,6 +23,7 @@ from memdlm.block_mask import Blocks
 from memdlm.gated_ffn import run_gated_ffn
 from memdlm.models.rotary import rotate
 from memdlm.outer_lora import fused_outer_lora, prepare_outer_lora
+from memdlm.recorded_keys import LayerRecorder, RecordedKeys
 
 # Pre-norm decoders: h + attention(norm(h)), then h + ffn(norm(h)), no multipliers in between.
 FAMILIES = ("llama", "qwen2", "qwen3", "olmoe", "llada", "llada2_moe", "Dream")
@@ -197,7 +199,11 @@ class Backbone:
         return Context(rotary, mask, attention_mask, rows)
 
     def prefix(
-        self, input_ids: Tensor, context: Context, clean_ids: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        context: Context,
+        clean_ids: Tensor | None = None,
+        recorded: RecordedKeys | None = None,
     ) -> Activations:
         """Embed, and run what lies before the boundary.
 
@@ -206,6 +212,7 @@ class Backbone:
             context: of the same batch.
             clean_ids: [B, L] int64, the tokens without noise; read by block diffusion alone, which
                 needs them.
+            recorded: takes the keys and values of the layers that run, for `prefix_of_changes`.
 
         Returns:
             The activations at the boundary.
@@ -216,10 +223,55 @@ class Backbone:
         start = Activations(self.decoder.embed_tokens(input_ids))
         recompute = self._gradient_checkpointing()
         memory = contextlib.nullcontext()
-        hidden = self._run(start, 0, self.boundary, context, memory, recompute)
+        hidden = self._run(start, 0, self.boundary, context, memory, recompute, recorded)
+        return self._at_boundary(hidden)
+
+    def _at_boundary(self, hidden: Tensor) -> Activations:
         if self.boundary % 2 == 0:
             return Activations(hidden)
         return Activations(hidden, _ffn_input(self.layers[self.boundary // 2], hidden))
+
+    def prefix_of_changes(
+        self,
+        input_ids: Tensor,
+        context: Context,
+        changed: Tensor,
+        anchor: Activations,
+        recorded: RecordedKeys,
+    ) -> Activations:
+        """The prefix of states that differ from the anchor in some tokens, computed there alone.
+
+        Everywhere else the anchor's keys, values and activations stand in. That is exact where the
+        other tokens do not see those that change (block diffusion), and an approximation where they
+        do.
+
+        Args:
+            input_ids: [n B, L] int64, noisy tokens of n states.
+            context: of these; its `rows` are theirs.
+            changed: [B, C] int64, positions that are computed, among them `rows`; one may stand
+                there twice.
+            anchor: what `prefix` made of the anchor state.
+            recorded: what that pass recorded.
+
+        Returns:
+            The activations at the boundary, as `prefix` gives them for n B sequences.
+        """
+        count = len(input_ids) // len(changed)
+        changed = changed.repeat(count, 1)
+        here = dataclasses.replace(context, rows=changed)
+        hidden = self.decoder.embed_tokens(input_ids.gather(1, changed))  # [n B, C, D]
+        with fused_outer_lora():
+            for index in range((self.boundary + 1) // 2):
+                layer, last = self.layers[index], index == len(self.layers) - 1
+                hidden = _attend_recorded(
+                    layer, hidden, here, recorded[index], context.rows if last else None
+                )
+                if 2 * index + 1 < self.boundary:
+                    hidden = hidden + _ffn(layer.mlp, *_ffn_input(layer, hidden))
+            own = self._at_boundary(hidden)
+        if self.boundary >= self.half_count - 1:  # behind the last attention: loss rows alone
+            return own
+        return _put(anchor, own, changed)
 
     def suffix(
         self,
@@ -276,12 +328,20 @@ class Backbone:
         context: Context,
         memory: contextlib.AbstractContextManager[Any],
         recompute: bool,
+        recorded: RecordedKeys | None = None,
     ) -> Tensor:
         """Halves [first, last), layer by layer: [B, L, D], or [B, W, D] with the last attention."""
         at = start
         for index in range(first // 2, (last + 1) // 2):
             halves = range(max(first, 2 * index), min(last, 2 * index + 2))
-            layer = partial(self._layer, index=index, halves=halves, context=context, memory=memory)
+            layer = partial(
+                self._layer,
+                index=index,
+                halves=halves,
+                context=context,
+                memory=memory,
+                recorder=None if recorded is None else recorded.at(index),
+            )
             if recompute and torch.is_grad_enabled():
                 hidden = checkpoint(layer, at.hidden, *at.ffn, use_reentrant=False)
             else:
@@ -297,14 +357,13 @@ class Backbone:
         halves: range,
         context: Context,
         memory: contextlib.AbstractContextManager[Any],
+        recorder: LayerRecorder | None,
     ) -> Tensor:
         layer = self.layers[index]
         with memory, fused_outer_lora():
             if 2 * index in halves:
-                if index == len(self.layers) - 1:
-                    hidden = _attend_rows(layer, hidden, context)
-                else:
-                    hidden = _attend(layer, hidden, context)
+                attend = _attend_rows if index == len(self.layers) - 1 else _attend
+                hidden = attend(layer, hidden, context, recorder)
             if 2 * index + 1 in halves:
                 hidden = hidden + _ffn(layer.mlp, *(ffn or _ffn_input(layer, hidden)))
         return hidden
@@ -349,27 +408,75 @@ def _ffn(mlp: Any, normed: Tensor, *routing: Tensor) -> Tensor:
     return out if shared is None else out + run_gated_ffn(shared, normed)
 
 
-def _attend(layer: Any, hidden: Tensor, context: Context) -> Tensor:
+def _attend(layer: Any, hidden: Tensor, context: Context, recorder: Any) -> Tensor:
     attended, _ = layer.self_attn(
         hidden_states=layer.input_layernorm(hidden),
         position_embeddings=context.rotary,
         attention_mask=context.mask,
         is_causal=False,
+        **({} if recorder is None else {"past_key_values": recorder}),
     )
     return hidden + attended
 
 
-def _attend_rows(layer: Any, hidden: Tensor, context: Context) -> Tensor:
+def _attend_rows(layer: Any, hidden: Tensor, context: Context, recorder: Any) -> Tensor:
     """Attention whose queries are the rows of the context: [B, L, D] to [B, W, D]."""
-    attention = layer.self_attn
-    rows = context.rows
+    attention, rows = layer.self_attn, context.rows
     normed = layer.input_layernorm(hidden)
-    query = _heads(attention, "q", _take(normed, rows))  # [B, H, W, head_dim]
-    key = _heads(attention, "k", normed)  # [B, H_kv, L, head_dim]
-    value = _heads(attention, "v", normed)
-    cos, sin = context.rotary  # [1, L, rotary_dim]
-    query = rotate(query, cos[0][rows][:, None], sin[0][rows][:, None])
-    key = rotate(key, cos[:, None], sin[:, None])
+    key, value = _keys_values(attention, normed, context, None)
+    if recorder is not None:
+        recorder.update(key, value)
+    return _take(hidden, rows) + _attended(attention, _take(normed, rows), context, key, value)
+
+
+def _attend_recorded(
+    layer: Any,
+    hidden: Tensor,
+    context: Context,
+    recorded: tuple[Tensor, Tensor],
+    last_rows: Tensor | None,
+) -> Tensor:
+    """Attention of the context's rows, whose keys and values take the place of recorded ones.
+
+    [B, C, D] to the same, or to [B, W, D] where the queries are the `last_rows` alone.
+    """
+    attention, rows = layer.self_attn, context.rows
+    normed = layer.input_layernorm(hidden)
+    own = _keys_values(attention, normed, context, rows)
+    copies = len(hidden) // len(recorded[0])
+    at = rows[:, None, :, None]
+    key, value = (
+        part.repeat(copies, 1, 1, 1).scatter(2, at.expand_as(new), new.to(part.dtype))
+        for part, new in zip(recorded, own, strict=True)
+    )
+    if last_rows is not None:
+        # Where in [0, C) each row of the context lies; a row that pads may lie anywhere.
+        places = rows.new_zeros(len(rows), key.shape[2])
+        places.scatter_(1, rows, torch.arange(rows.shape[1], device=rows.device).expand_as(rows))
+        chosen = places.gather(1, last_rows)
+        hidden, normed = _take(hidden, chosen), _take(normed, chosen)
+        context = dataclasses.replace(context, rows=last_rows)
+    return hidden + _attended(attention, normed, context, key, value)
+
+
+def _keys_values(
+    attention: Any, normed: Tensor, context: Context, rows: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Of tokens [B, C, D] at the positions `rows`, or everywhere: [B, H_kv, C, head_dim] each."""
+    key = _heads(attention, "k", normed)
+    return _rotated(key, context, rows), _heads(attention, "v", normed)
+
+
+def _rotated(heads: Tensor, context: Context, rows: Tensor | None) -> Tensor:
+    cos, sin = (part if rows is None else part[0][rows] for part in context.rotary)
+    return rotate(heads, cos[:, None], sin[:, None])
+
+
+def _attended(
+    attention: Any, normed: Tensor, context: Context, key: Tensor, value: Tensor
+) -> Tensor:
+    """What the rows of the context [B, W, D] take from keys and values [B, H_kv, L, head_dim]."""
+    query = _rotated(_heads(attention, "q", normed), context, context.rows)  # [B, H, W, head_dim]
     mask = _visible_to_rows(context)
     grouped = query.shape[1] != key.shape[1]
     if grouped and mask is not None:
@@ -386,7 +493,7 @@ def _attend_rows(layer: Any, hidden: Tensor, context: Context) -> Tensor:
         enable_gqa=grouped and mask is None,
     )
     merged = attended.transpose(1, 2).flatten(2)  # [B, W, H * head_dim]
-    return _take(hidden, rows) + attention.o_proj(merged)
+    return attention.o_proj(merged)
 
 
 def _visible_to_rows(context: Context) -> Tensor | None:
@@ -413,6 +520,21 @@ def _heads(attention: Any, name: str, hidden: Tensor) -> Tensor:
 def _take(hidden: Tensor, rows: Tensor) -> Tensor:
     """hidden[b, rows[b]]: [B, L, D] to [B, W, D]."""
     return hidden.gather(1, rows[..., None].expand(-1, -1, hidden.shape[-1]))
+
+
+def _put(anchor: Activations, own: Activations, rows: Tensor) -> Activations:
+    """Copies of the anchor's activations, one for each of n states, with their own at `rows`."""
+    batch_size, length = anchor.hidden.shape[:2]
+    copies = len(rows) // batch_size
+
+    def put(old: Tensor, new: Tensor) -> Tensor:
+        whole = old.detach().view(batch_size, length, -1).repeat(copies, 1, 1)
+        at = rows[..., None].expand(-1, -1, whole.shape[-1])
+        whole.scatter_(1, at, new.reshape(*rows.shape, -1).to(whole.dtype))
+        return whole.view(copies * old.shape[0], *old.shape[1:])
+
+    ffn = tuple(put(old, new) for old, new in zip(anchor.ffn, own.ffn, strict=True))
+    return Activations(put(anchor.hidden, own.hidden), ffn)
 
 
 def adapted_layers(layer_count: int, layer_fraction: float) -> range:

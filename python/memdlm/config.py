@@ -89,6 +89,10 @@ class MemoryConfig:
             "compute" keeps them in the dtype of the layers.
         inner_checkpoint: "none" stores the activations of an inner step, "layer" recomputes them
             layer by layer, "auto" recomputes where they would not fit in the free memory.
+        prefix_reuse: "prompt_kv" runs the layers below the fast weights, in states noisier than the
+            anchor, on the response alone; the prompt's keys, values and activations are those of
+            the anchor's pass. Exact in block diffusion, where the prompt does not see the response;
+            an approximation elsewhere.
         inner_graph: launch the reset and all inner steps as one CUDA graph. The rows of a state are
             padded, to 256, 512, 768, 1024, 1536, 2048, 3072 and so on; a batch of other shapes is
             recorded anew (16 recordings are kept), so pad sequences to few lengths.
@@ -115,6 +119,7 @@ class MemoryConfig:
     scope: Literal["batch", "sample"] = "batch"
     state_dtype: Literal["float32", "compute"] = "float32"
     inner_checkpoint: Literal["none", "layer", "auto"] = "auto"
+    prefix_reuse: Literal["none", "prompt_kv"] = "none"
     inner_graph: bool = False
 
     def __post_init__(self) -> None:

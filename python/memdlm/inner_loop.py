@@ -14,6 +14,7 @@ from memdlm.backbone import Activations, Backbone, Context
 from memdlm.config import MemoryConfig
 from memdlm.data.collator import State
 from memdlm.fast_weights import FastWeights
+from memdlm.recorded_keys import RecordedKeys
 from memdlm_kernels import masked_linear_cross_entropy
 
 # "auto" stores a step's activations as long as they fill at most this share of the free memory.
@@ -36,6 +37,21 @@ class InnerTrace:
 
 
 @dataclass(frozen=True)
+class Reuse:
+    """What the noisier states' prefix may take from the anchor's pass (`prefix_reuse`).
+
+    Attributes:
+        changed: [B, C] int64, positions that are computed for every state.
+        anchor: the anchor's activations at the boundary.
+        recorded: keys and values of its pass.
+    """
+
+    changed: Tensor
+    anchor: Activations
+    recorded: RecordedKeys
+
+
+@dataclass(frozen=True)
 class Boundary:
     """Where an inner step starts.
 
@@ -50,7 +66,11 @@ class Boundary:
 
 
 def pre_anchor_boundaries(
-    backbone: Backbone, states: list[State], clean_ids: Tensor, attention_mask: Tensor | None
+    backbone: Backbone,
+    states: list[State],
+    clean_ids: Tensor,
+    attention_mask: Tensor | None,
+    reuse: Reuse | None = None,
 ) -> list[Boundary]:
     """Run the prefix of several states as one batch, without a graph.
 
@@ -59,6 +79,7 @@ def pre_anchor_boundaries(
         states: states of equal shape [B, L] and width W; may be empty.
         clean_ids: [B, L] int64, the tokens without noise.
         attention_mask: [B, L] bool or None.
+        reuse: compute changed positions alone, and take the others from the anchor's pass.
 
     Returns:
         One boundary per state.
@@ -67,10 +88,16 @@ def pre_anchor_boundaries(
         return []
     ids = torch.cat([state["input_ids"] for state in states])
     rows = torch.cat([state["rows"] for state in states])
-    clean = clean_ids.repeat(len(states), 1)
     mask = None if attention_mask is None else attention_mask.repeat(len(states), 1)
     with torch.no_grad(), record_function("memdlm.noisier_prefix"):
-        activations = backbone.prefix(ids, backbone.context(ids, mask, rows), clean)
+        together = backbone.context(ids, mask, rows)
+        if reuse is None:
+            clean = clean_ids.repeat(len(states), 1)
+            activations = backbone.prefix(ids, together, clean)
+        else:
+            activations = backbone.prefix_of_changes(
+                ids, together, reuse.changed, reuse.anchor, reuse.recorded
+            )
     first = states[0]
     context = backbone.context(first["input_ids"], attention_mask, first["rows"])
     return [

@@ -20,10 +20,12 @@ from memdlm.inner_graph import InnerGraph
 from memdlm.inner_loop import (
     Boundary,
     InnerTrace,
+    Reuse,
     adapt,
     pre_anchor_boundaries,
     untouched_generators,
 )
+from memdlm.recorded_keys import RecordedKeys
 from memdlm_kernels import masked_linear_cross_entropy
 
 
@@ -141,8 +143,9 @@ class MemDLMObjective(MDLMObjective):
         """
         if not memory_enabled:
             return super().forward(batch, normalizer)
-        anchor = anchor_boundary(self.backbone, batch)
-        trace = self.write_memory(batch, anchor)
+        recorded = self._recorder(batch)
+        anchor = anchor_boundary(self.backbone, batch, recorded)
+        trace = self.write_memory(batch, anchor, recorded)
         loss = outer_loss(
             self.backbone,
             anchor,
@@ -152,12 +155,24 @@ class MemDLMObjective(MDLMObjective):
         )
         return ObjectiveOutput(loss, trace)
 
-    def write_memory(self, batch: dict[str, Any], anchor: Boundary | None = None) -> InnerTrace:
+    def _recorder(self, batch: dict[str, Any]) -> RecordedKeys | None:
+        """For the anchor's prefix, where noisier states will read its keys and values."""
+        noisier = any(not state["is_anchor"] for state in batch["trajectory"])
+        return RecordedKeys() if noisier and self.memory.prefix_reuse == "prompt_kv" else None
+
+    def write_memory(
+        self,
+        batch: dict[str, Any],
+        anchor: Boundary | None = None,
+        recorded: RecordedKeys | None = None,
+    ) -> InnerTrace:
         """Reset the fast weights and run the inner loop on a batch's trajectory.
 
         Args:
-            batch: `trajectory`, `memory_seed`, and `attention_mask` where something is padded.
+            batch: `trajectory`, `memory_seed`, and `attention_mask` where something is padded; with
+                `prefix_reuse` also `changed`.
             anchor: the anchor's boundary, read without its graph; made here if it is None.
+            recorded: what that anchor's prefix recorded, for `prefix_reuse`; closed afterwards.
 
         Returns:
             The trace of the inner steps. The fast weights stay until the next reset.
@@ -166,10 +181,18 @@ class MemDLMObjective(MDLMObjective):
         mask, seeds = batch.get("attention_mask"), batch["memory_seed"]
         with untouched_generators(seeds.device):
             if anchor is None:
+                recorded = self._recorder(batch)
                 with torch.no_grad():
-                    anchor = anchor_boundary(self.backbone, batch)
+                    anchor = anchor_boundary(self.backbone, batch, recorded)
+            reuse = None
+            if recorded is not None:
+                reuse = Reuse(batch["changed"], anchor.activations, recorded)
             others = [state for state in states if not state["is_anchor"]]
-            made = iter(pre_anchor_boundaries(self.backbone, others, batch["input_ids"], mask))
+            made = iter(
+                pre_anchor_boundaries(self.backbone, others, batch["input_ids"], mask, reuse)
+            )
+            if recorded is not None:
+                recorded.close()
             boundaries = [anchor if state["is_anchor"] else next(made) for state in states]
             if self.memory.inner_graph:
                 return self._graph(seeds, states, boundaries)
@@ -178,12 +201,15 @@ class MemDLMObjective(MDLMObjective):
             return adapt(self.backbone, self.fast_weights, states, boundaries, self.memory)
 
 
-def anchor_boundary(backbone: Backbone, batch: dict[str, Any]) -> Boundary:
+def anchor_boundary(
+    backbone: Backbone, batch: dict[str, Any], recorded: RecordedKeys | None = None
+) -> Boundary:
     """Run the prefix of a batch's anchor state, with its graph.
 
     Args:
         backbone: the split model.
         batch: from `MaskCollator`.
+        recorded: takes the keys and values of its layers.
 
     Returns:
         The boundary.
@@ -200,7 +226,8 @@ def anchor_boundary(backbone: Backbone, batch: dict[str, Any]) -> Boundary:
     ids = anchor["input_ids"]
     with record_function("memdlm.anchor_prefix"):
         context = backbone.context(ids, batch.get("attention_mask"), anchor["rows"])
-        return Boundary(backbone.prefix(ids, context, batch["input_ids"]), context)
+        activations = backbone.prefix(ids, context, batch["input_ids"], recorded)
+        return Boundary(activations, context)
 
 
 def outer_loss(

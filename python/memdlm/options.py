@@ -166,6 +166,14 @@ _UNREAD: list[tuple[list[str], Callable[[Mapping[str, Any]], bool], str]] = [
         lambda run: run["strategy"] == "anchor_consistent" and run["inner_steps"] == 1,
         "with inner_steps 1 the anchor is the only state",
     ),
+    (
+        ["prefix_reuse"],
+        lambda run: (
+            run["strategy"] == "anchor_only"
+            or (run["strategy"] == "anchor_consistent" and run["inner_steps"] == 1)
+        ),
+        "the anchor is the only state",
+    ),
     (["inner_max_norm"], lambda run: run["inner_clip"] == "none", "inner_clip is 'none'"),
     (["pad_to_multiple_of"], lambda run: run["padding"] != "multiple", "padding is not 'multiple'"),
     (["eval_fraction"], lambda run: run["eval_dataset"] is not None, "eval_dataset is given"),

@@ -55,6 +55,13 @@ def test_memdlm(kind, scope, adapter):
     on_fake_tensors(kind, memory)
 
 
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("kind", MODELS)
+def test_memdlm_with_reused_keys(kind):
+    memory = MemoryConfig(layer_fraction=0.5, rank=4, prefix_reuse="prompt_kv")
+    on_fake_tensors(kind, memory)
+
+
 def test_a_wait_would_be_seen():
     with FakeTensorMode(), pytest.raises(DataDependentOutputException):
         torch.ones(3).sum().item()

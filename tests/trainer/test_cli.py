@@ -179,6 +179,10 @@ BAD = [
     ({"adapter": "full"}, "rank would not be read: adapter is 'full'"),
     ({"inner_clip": "none", "inner_max_norm": 2}, "inner_max_norm would not be read"),
     ({"strategy": "progressive", "pre_anchor_scale": 2}, "pre_anchor_scale would not be read"),
+    (
+        {"inner_steps": 1, "prefix_reuse": "prompt_kv"},
+        "prefix_reuse would not be read: the anchor is the only state",
+    ),
     ({"pad_to_multiple_of": 8}, "pad_to_multiple_of would not be read"),
     ({"num_train_epochs": 3}, "num_train_epochs would not be read: max_steps is given"),
     ({"eval_strategy": "steps"}, "eval_strategy would not be read: there is no evaluation data"),

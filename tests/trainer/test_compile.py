@@ -58,3 +58,10 @@ def test_compiled_layers_take_the_same_step(family, scope, compiled):
     torch.testing.assert_close(actual.loss, expected.loss, rtol=1e-9, atol=0)
     for name, gradient in expected_gradients.items():
         torch.testing.assert_close(actual_gradients[name], gradient, rtol=1e-8, atol=1e-10)
+
+
+def test_compiled_layers_hand_over_their_keys():
+    memory = MemoryConfig(rank=4, layer_fraction=0.5, prefix_reuse="prompt_kv")
+    expected, _ = step("llada", memory, compiled=None)
+    actual, _ = step("llada", memory, compiled="after")
+    torch.testing.assert_close(actual.inner.loss, expected.inner.loss, rtol=1e-9, atol=0)

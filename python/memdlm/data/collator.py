@@ -120,6 +120,35 @@ def make_state(
     )
 
 
+def changed_rows(
+    maskable: Tensor, *, right_shift_logits: bool = False, block_size: int | None = None
+) -> Tensor:
+    """The positions that `prefix_reuse` computes anew for every state of a trajectory.
+
+    Args:
+        maskable: [B, L] bool.
+        right_shift_logits: as for `make_state`: the rows of the loss are one position before.
+        block_size: of block diffusion, whose tokens see their whole block.
+
+    Returns:
+        [B, C] int64: the maskable tokens, the rows of their loss, and the others of their blocks.
+        Shorter rows are filled up with their last position, or 0 where there is none.
+    """
+    changed = maskable
+    if right_shift_logits:
+        changed = maskable | F.pad(maskable[:, 1:], (0, 1))
+    if block_size is not None:
+        block = torch.arange(maskable.shape[1]) // block_size
+        per_block = torch.zeros_like(maskable, dtype=torch.int64).index_add(
+            1, block, maskable.long()
+        )
+        changed = per_block[:, block] > 0
+    count = changed.sum(1, keepdim=True)
+    places = torch.arange(max(1, int(count.max())))
+    first = (~changed).int().argsort(dim=1, stable=True)  # [B, L], those that change before others
+    return first.gather(1, places.minimum((count - 1).clamp_min(0)))
+
+
 def _graph_rows(count: int) -> int:
     return _round_up(max(1, count), max(GRAPH_ROWS, 1 << max(0, count.bit_length() - 2)))
 
@@ -252,7 +281,8 @@ class MaskCollator:
             `input_ids` and `labels` [B, L] int64; `attention_mask` [B, L] bool, absent where
             nothing is padded; `time` [B] float64; `maskable_count` and `memory_seed` [B] int64;
             `normalizer`, the batch's own, a number; `right_shift_logits`, the collator's; `anchor`,
-            a `State` whose weights lack the normaliser; with memory also `trajectory`, K `State`s.
+            a `State` whose weights lack the normaliser; with memory also `trajectory`, K `State`s;
+            with `prefix_reuse` also `changed`, see `changed_rows`.
 
         Raises:
             ValueError: labels that disagree with the ids, lengths that differ, an id outside the
@@ -318,6 +348,12 @@ class MaskCollator:
                 self.memory,
                 right_shift_logits=self.right_shift_logits,
             )
+            if self.memory.prefix_reuse == "prompt_kv":
+                batch["changed"] = changed_rows(
+                    maskable,
+                    right_shift_logits=self.right_shift_logits,
+                    block_size=self.diffusion.block_size,
+                )
         return batch
 
     def _pad(self, features: Sequence[dict[str, Any]]) -> tuple[Tensor, Tensor, Tensor]:

@@ -49,6 +49,7 @@ class Attention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Any = None,
         is_causal: bool = False,
+        past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend through the attention implementation of the config.
@@ -58,6 +59,8 @@ class Attention(nn.Module):
             position_embeddings: cos and sin, each [1 or B, L, rotary_width].
             attention_mask: what that implementation takes, or None.
             is_causal: must be false.
+            past_key_values: as transformers' attentions call a cache: its `update` is handed the
+                keys and values, each [B, H_kv, L, head_dim], and returns those attended to.
             kwargs: for the implementation.
 
         Returns:
@@ -69,14 +72,18 @@ class Attention(nn.Module):
         if is_causal:
             raise ValueError("is_causal must be False: every token sees both sides, got True")
         cos, sin = (part[:, None] for part in position_embeddings)
+        key = rotate(self._heads(self.k_proj, hidden_states, self.k_norm), cos, sin)
+        value = self._heads(self.v_proj, hidden_states, None)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
         attended, weights = attend(
             self,
             rotate(self._heads(self.q_proj, hidden_states, self.q_norm), cos, sin),
-            rotate(self._heads(self.k_proj, hidden_states, self.k_norm), cos, sin),
-            self._heads(self.v_proj, hidden_states, None),
+            key,
+            value,
             attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
