@@ -446,7 +446,7 @@ def _attend_recorded(
     copies = len(hidden) // len(recorded[0])
     at = rows[:, None, :, None]
     key, value = (
-        part.repeat(copies, 1, 1, 1).scatter(2, at.expand_as(new), new.to(part.dtype))
+        part.repeat(copies, 1, 1, 1).scatter_(2, at.expand_as(new), new.to(part.dtype))
         for part, new in zip(recorded, own, strict=True)
     )
     if last_rows is not None:
