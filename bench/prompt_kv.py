@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
         }
         write_rows(options.json, [row])
         print(
-            f"{share:>6.0%} {k:>2}  {row["fast_weight_cosine"]:>8.6f} {row['loss_change']:>9.2e} "
+            f"{share:>6.0%} {k:>2}  {row['fast_weight_cosine']:>8.6f} {row['loss_change']:>9.2e} "
             f"{row['gradient_change']:>9.2e} {row['p50_ms'] / row['exact_ms']:>6.2f}"
         )
 
