@@ -1,0 +1,180 @@
+"""Measure one variant of a case: first whether it is right, then its memory and time."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import memdlm_kernels.flops  # noqa: F401 - tells the counter what the ops compute
+from bench.op_cases.case import (
+    Case,
+    Inputs,
+    Results,
+    Run,
+    UnavailableError,
+    Variant,
+    refusal,
+    text,
+)
+from bench.timing import peak_mib, percentiles
+
+# Of (what is timed, what runs before each round, rounds): the rounds' times in milliseconds.
+Timer = Callable[[Callable[[], None], Callable[[], None], int], list[float]]
+
+# A variant that is slow is timed in fewer rounds, at least in so many.
+_LEAST_ROUNDS = 3
+_SECONDS = 1.5
+# What another library may raise where it does not work with what is installed here.
+_FOREIGN_ERRORS = (AttributeError, ImportError, RuntimeError, TypeError, ValueError)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A case on a device, with its truth.
+
+    Attributes:
+        case, device: what and where.
+        inputs: of every variant.
+        truth: results in float64.
+        base: our default backend, which runs beside every variant.
+        flops: of matrix products.
+    """
+
+    case: Case
+    device: torch.device
+    inputs: Inputs
+    truth: Results
+    base: Run
+    flops: int
+
+
+def build(case: Case, device: torch.device) -> Problem:
+    """Draw a case's inputs on a device, compute the truth, and run the base once.
+
+    Args:
+        case: what to build.
+        device: where.
+
+    Returns:
+        The problem, the same for the same case and kind of device.
+
+    Raises:
+        ValueError: no backend of our own runs the case on the device.
+    """
+    generator = torch.Generator(device)
+    generator.manual_seed(0)
+    inputs = case.inputs(generator)
+    truth = case.truth({name: _widened(tensor) for name, tensor in inputs.items()})
+    with FlopCounterMode(display=False) as counter:
+        results = tuple(tensor.detach().clone() for tensor in truth())
+    del truth
+    flops = counter.get_total_flops() if case.flops is None else case.flops
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return Problem(case, device, inputs, results, _base(case, inputs, device), flops)
+
+
+def measure(problem: Problem, variant: Variant, rounds: int, timer: Timer) -> dict[str, Any]:
+    """Compare a variant with the truth, and time it beside the base if it is right.
+
+    Args:
+        problem: the case.
+        variant: one of its variants.
+        rounds: how often to time it, if it is not slow.
+        timer: how.
+
+    Returns:
+        The fields of a row: `skipped` where the variant does not run here; else `error` and
+        `wrong`, and unless it is wrong times and memory.
+
+    Raises:
+        Exception: whatever a variant of our own raises.
+    """
+    case, device = problem.case, problem.device
+    row: dict[str, Any] = {
+        "bench": "op",
+        "op": case.op,
+        "case": case.name,
+        "dtype": text(case.dtype),
+        "variant": variant.name,
+    }
+    if variant.backend is not None:
+        reason = refusal(case.op, variant.backend, device)
+        if reason is not None:
+            return row | {"skipped": reason}
+    try:
+        run = variant.make(problem.inputs)
+        results = run()
+    except UnavailableError as error:
+        return row | {"skipped": str(error)}
+    except ValueError as error:
+        # Sizes or dtypes that this backend does not take, which list_backends does not know.
+        if "no backend can run" not in str(error) and variant.role == "ours":
+            raise
+        return row | {"skipped": str(error)}
+    except _FOREIGN_ERRORS as error:
+        if variant.role == "ours":
+            raise
+        return row | {"skipped": f"{type(error).__name__}: {error}"}
+
+    row |= {"error": None, "wrong": False, "flops": problem.flops, "bytes": case.bytes}
+    if variant.role != "bound":
+        error, bar = variant.error(results, problem.truth), variant.bar
+        # JSON has no NaN. "not <=" and not ">": a NaN is wrong.
+        row["error"] = error if math.isfinite(error) else None
+        row["wrong"] = not error <= (case.bar if bar is None else bar)
+        if row["wrong"]:
+            return row
+    del results
+    row["peak_mib"] = round(peak_mib(run, device), 3)
+    rounds = min(rounds, max(_LEAST_ROUNDS, int(_SECONDS / _seconds(run, device))))
+    base_ms: list[float] = []
+    times_ms = timer(
+        lambda: _finish(run, device),
+        lambda: base_ms.append(1e3 * _seconds(problem.base, device)),
+        rounds,
+    )
+    return row | {
+        "times_ms": [round(value, 4) for value in times_ms],
+        **percentiles(times_ms),
+        "base_ms": round(statistics.median(base_ms), 4),
+    }
+
+
+def _widened(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def _base(case: Case, inputs: Inputs, device: torch.device) -> Run:
+    reasons = []
+    for variant in case.variants:
+        if variant.role != "ours":
+            continue
+        reason = refusal(case.op, variant.backend, device) if variant.backend else None
+        if reason is None:
+            try:
+                run = variant.make(inputs)
+                run()
+                return run
+            except ValueError as error:
+                reason = str(error)
+        reasons.append(f"{variant.name}: {reason}")
+    raise ValueError(f"{case.op}: nothing runs {case.name} on {device} ({'; '.join(reasons)})")
+
+
+def _seconds(run: Run, device: torch.device) -> float:
+    start = time.perf_counter()
+    _finish(run, device)
+    return time.perf_counter() - start
+
+
+def _finish(run: Run, device: torch.device) -> None:
+    """Run, and let no result live beside the next run's."""
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,103 @@
+"""What the ops cost, beside what people use today: `python -m pytest bench/test_ops.py`.
+
+Every variant of a case gets the same inputs, and is compared with the op's reference in float64
+before it is timed. A backend of ours that is wrong fails; another library's is reported, in its
+row and as an expected failure: it says something about that library, and the run goes on. What
+cannot run here is skipped, with the reason. In each timed round our default backend runs first, so
+that a slow spell of the machine meets both.
+"""
+
+import datetime
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench.op_cases.case import Case, Variant, text
+from bench.op_cases.measure import Problem, build, measure
+from bench.op_cases.roof import roof
+from bench.op_cases.suites import op_cases
+from bench.timing import machine, write_rows
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every case of the suite with each of its variants."""
+    suite = metafunc.config.getoption("--suite") or "quick"
+    cases = op_cases(suite)
+    if "problem" in metafunc.fixturenames:
+        pairs = [
+            pytest.param(
+                case,
+                variant,
+                id=f"{case.op}-{case.name}-{text(case.dtype)}-{variant.name}",
+            )
+            for case in cases
+            for variant in case.variants
+        ]
+        # The cases' tensors are large: those of one at a time.
+        metafunc.parametrize(("problem", "variant"), pairs, indirect=["problem"], scope="module")
+    if "dtype" in metafunc.fixturenames:
+        dtypes = sorted({case.dtype for case in cases}, key=text)
+        metafunc.parametrize("dtype", dtypes, ids=text)
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where everything runs."""
+    suite, name = (request.config.getoption(option) for option in ("--suite", "--device"))
+    device = torch.device(name or ("cuda" if suite == "gpu" else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError(f"--device must be cpu where torch finds no GPU, got {device}")
+    return device
+
+
+@pytest.fixture(scope="session")
+def write(request: pytest.FixtureRequest, device: torch.device) -> Callable[[dict[str, Any]], None]:
+    """Complete a row and append it to the file of rows, if there is one."""
+    option = request.config.getoption
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    facts = {"suite": option("--suite"), "run": option("--run") or now, **machine(device)}
+    path = None if option("--rows") is None else Path(option("--rows"))
+    return lambda row: write_rows(path, [row | facts])
+
+
+@pytest.fixture(scope="module")
+def problem(request: pytest.FixtureRequest, device: torch.device) -> Problem:
+    """A case's inputs and truth."""
+    case: Case = request.param
+    return build(case, device)
+
+
+def test_roof(
+    dtype: torch.dtype, device: torch.device, write: Callable[[dict[str, Any]], None]
+) -> None:
+    write(roof(dtype, device))
+
+
+def test_op(
+    problem: Problem,
+    variant: Variant,
+    write: Callable[[dict[str, Any]], None],
+    benchmark: Any,
+    request: pytest.FixtureRequest,
+) -> None:
+    case = problem.case
+    benchmark.group = f"{case.op}: {case.name}, {text(case.dtype)}"
+    benchmark.name = variant.name
+
+    def timer(run: Callable[[], None], before: Callable[[], None], rounds: int) -> list[float]:
+        benchmark.pedantic(run, setup=before, rounds=rounds)
+        return [1e3 * seconds for seconds in benchmark.stats.stats.data]
+
+    row = measure(problem, variant, request.config.getoption("--rounds"), timer)
+    write(row)
+    if "skipped" in row:
+        pytest.skip(row["skipped"])
+    if row["wrong"]:
+        message = f"{variant.name} is off by {row['error']}, more than {case.bar:.1e}"
+        if variant.role == "peer":
+            pytest.xfail(f"{case.op}, {case.name}: {message}")
+        pytest.fail(message)
+    benchmark.extra_info |= {name: row[name] for name in ("base_ms", "peak_mib", "error")}
