@@ -15,9 +15,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdpa_flop_count
 
 import memdlm_kernels.flops  # noqa: F401 - registers the formulas
+from bench.breakdown import profile_steps
 from bench.cases import MODELS, SMALL, StepCase
-from bench.timing import interleaved_ms, machine, peak_mib, percentiles, write_rows
-from bench.variants import Step, check_losses, make_steps
+from bench.timing import interleaved_ms, machine, peak_mib, percentiles, rss_mib, write_rows
+from bench.variants import Step, check_losses, collation_ms, make_steps, memory_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -155,6 +156,11 @@ def measure(
     rows = []
     for name, take_round in rounds.items():
         variant, _, k = name.partition(" K=")
+        breakdown = profile_steps(take_round, batches, device)
+        parts_ms = breakdown.parts_ms
+        if variant != "memdlm_naive":  # which makes its masks inside the step
+            memory = memory_of(variant, int(k)) if k else None
+            parts_ms = {"host_masks": round(collation_ms(case, memory), 3), **parts_ms}
         own_ms = [time_ms / batches for time_ms in times_ms[name]]
         with FlopCounterMode(display=False) as counter:
             take_round()
@@ -165,7 +171,12 @@ def measure(
             "times_ms": [round(time_ms, 3) for time_ms in own_ms],
             **percentiles(own_ms),
             "peak_mib": round(peak_mib(take_round, device), 1),
+            "rss_mib": round(rss_mib(take_round), 1) if device.type == "cpu" else None,
             "flops": counter.get_total_flops() // batches,
+            "parts_ms": parts_ms,
+            "calls": breakdown.calls,
+            "launches": breakdown.launches,
+            "host_reads": breakdown.host_reads,
         }
         # At once: what was measured stays, should a later variant fail.
         write_rows(path, [row])

@@ -7,10 +7,12 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd.profiler_util import MEMORY_EVENT_NAME
 from tqdm import tqdm
 
 _ROOT = Path(__file__).parent.parent
@@ -51,10 +53,10 @@ def percentiles(times_ms: list[float]) -> dict[str, float]:
 
 
 def peak_mib(run: Callable[[], object], device: torch.device) -> float:
-    """Memory that `run` needs at its peak beyond what is held before it, in MiB.
+    """What tensors hold at the peak of `run` beyond what is held before it, in MiB.
 
-    On a GPU the allocator's peak. On a CPU the process's peak resident size (Linux), after the
-    C library has given back what earlier runs freed.
+    The allocator's count: on a GPU its peak; on a CPU the running total of what the profiler sees
+    allocated and freed, where freeing what was held before does not count.
     """
     gc.collect()
     if device.type == "cuda":
@@ -64,6 +66,21 @@ def peak_mib(run: Callable[[], object], device: torch.device) -> float:
         run()
         _wait(device)
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    with torch.autograd.profiler.profile(profile_memory=True) as profiler:
+        run()
+    results: Any = profiler.kineto_results
+    changes = [event for event in results.events() if event.name() == MEMORY_EVENT_NAME]
+    changes.sort(key=lambda event: event.start_ns())
+    return max(accumulate((event.nbytes() for event in changes), initial=0)) / 2**20
+
+
+def rss_mib(run: Callable[[], object]) -> float:
+    """Growth of the process's resident size at the peak of `run`, in MiB (Linux, CPU).
+
+    It holds what `peak_mib` counts, and scratch memory of libraries, code and what the C library
+    keeps; what earlier runs freed is given back to the system before.
+    """
+    gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from the present size
     before_kib = _status_kib("VmRSS")

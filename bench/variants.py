@@ -11,8 +11,11 @@ A step is forward, backward and AdamW; the batches are made beforehand. Its part
 `bench.breakdown`.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -84,14 +87,25 @@ def make_steps(
     objective = MDLMObjective(model, diffusion)
     steps["mdlm"] = optimised(lambda n: _ours(objective, plain[n]))
     for k in inner_steps:
-        memory = MemoryConfig(inner_steps=k)
-        own = make_batches(case, diffusion, memory, batches, device)
         if naive and (naive_steps is None or k in naive_steps):
+            memory = memory_of("memdlm_naive", k)
+            own = make_batches(case, diffusion, memory, batches, device)
             plainly = _naive_step(looped, case, diffusion, memory, own)
             steps[f"memdlm_naive K={k}"] = optimised_published(plainly)
-        ours = MemDLMObjective(model, diffusion, memory)
-        steps[f"memdlm K={k}"] = optimised(lambda n, ours=ours, own=own: _ours(ours, own[n]))
+        # With K = 1 there is no noisier state, whose prefix could be reused.
+        for variant in ("memdlm", "memdlm_prompt_kv") if k > 1 else ("memdlm",):
+            memory = memory_of(variant, k)
+            own = make_batches(case, diffusion, memory, batches, device)
+            ours = MemDLMObjective(model, diffusion, memory)
+            step = optimised(lambda n, ours=ours, own=own: _ours(ours, own[n]))
+            steps[f"{variant} K={k}"] = step
     return steps
+
+
+def memory_of(variant: str, k: int) -> MemoryConfig:
+    """The inner loop of a `memdlm` variant with K = `k`."""
+    reuse = "prompt_kv" if variant == "memdlm_prompt_kv" else "none"
+    return MemoryConfig(inner_steps=k, prefix_reuse=reuse)
 
 
 def check_losses(steps: dict[str, Step]) -> None:
@@ -134,6 +148,28 @@ def make_batches(
     """
     collator = _collator(case, diffusion, memory)
     return [send_to_device(collator(features), device) for features in _features(case, count)]
+
+
+def collation_ms(case: StepCase, memory: MemoryConfig | None) -> float:
+    """Time that the host needs for the masks, states and row indices of one batch.
+
+    It is no part of a step: a data loader makes batches beside it.
+
+    Args:
+        case: the shape.
+        memory: of the collator.
+
+    Returns:
+        Milliseconds, the least of five.
+    """
+    collator = _collator(case, DiffusionConfig(), memory)
+    (features,) = _features(case, 1)
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        collator(features)
+        times.append(1e3 * (time.perf_counter() - start))
+    return min(times)
 
 
 def _collator(
@@ -206,14 +242,11 @@ def _trained(bare: Any, case: StepCase) -> tuple[Any, Callable[[Step], Step]]:
     return model, optimised
 
 
-def _backward(loss: Tensor) -> Tensor:
+def _ours(objective: nn.Module, batch: dict[str, Any]) -> Tensor:
+    loss: Tensor = objective(batch).loss
     with record_function("bench.outer_backward"):
         loss.backward()
     return loss.detach()
-
-
-def _ours(objective: nn.Module, batch: dict[str, Any]) -> Tensor:
-    return _backward(objective(batch).loss)
 
 
 def _all_rows(model: Any, batch: dict[str, Any]) -> Tensor:
@@ -225,7 +258,27 @@ def _all_rows(model: Any, batch: dict[str, Any]) -> Tensor:
         nll = F.cross_entropy(logits.transpose(1, 2), clean, reduction="none")  # [B, L]
         weight = (1 / batch["time"]).to(nll.dtype)[:, None] * (noisy != clean)
         loss = (nll * weight).sum() / batch["normalizer"]
-    return _backward(loss)
+    with record_function("bench.backward"):
+        loss.backward()
+    return loss.detach()
+
+
+@contextlib.contextmanager
+def _marked_backward() -> Iterator[None]:
+    """Mark the backward passes of code that does not do so itself."""
+
+    def marked(backward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with record_function("bench.backward"):
+                return backward(*args, **kwargs)
+
+        return run
+
+    with (
+        mock.patch.object(torch.autograd, "grad", marked(torch.autograd.grad)),
+        mock.patch.object(Tensor, "backward", marked(Tensor.backward)),
+    ):
+        yield
 
 
 def _naive_step(
@@ -250,18 +303,19 @@ def _naive_step(
 
     def step(number: int) -> Tensor:
         batch = batches[number]
-        done = training_step(
-            model,
-            batch["input_ids"],
-            batch["labels"],
-            None,
-            batch["time"],
-            priority[number],
-            diffusion,
-            mask_id,
-            memory,
-            fast_weights,
-        )
+        with record_function("bench.forward"), _marked_backward():
+            done = training_step(
+                model,
+                batch["input_ids"],
+                batch["labels"],
+                None,
+                batch["time"],
+                priority[number],
+                diffusion,
+                mask_id,
+                memory,
+                fast_weights,
+            )
         return done.outer_loss
 
     return step
