@@ -1,0 +1,1 @@
+"""What one training step costs, from shapes alone: products, memory, and what would save some."""
