@@ -2,11 +2,12 @@
 # Builds, tests and measures on a machine with a GPU, torch, nvcc and no network, in nine minutes.
 #
 #   bench/on_gpu.sh                      every phase
-#   bench/on_gpu.sh build test           some of: build env test ops step launches summary
+#   bench/on_gpu.sh build test           some of: build env test ops step summary
+#   bench/on_gpu.sh rest                 the suite's other models, lengths and shares: a longer call
 #
 # PYTHON (python3) is the interpreter that has torch; RESULTS_DIR (bench/results/<device>) is where
-# the JSON lines, the tests' log and summary.md go. A phase that fails or runs out of its time does
-# not stop the next one; the exit code says whether all of them passed.
+# the JSON lines, pictures, the tests' log and summary.md go. A phase that fails or runs out of its
+# time does not stop the next one; the exit code says whether all of them passed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -40,41 +41,37 @@ test_() {
 }
 
 ops() {
-  rm -f "$results/ops.jsonl"
-  "$python" -m bench.gpu_targets --json "$results/ops.jsonl"
+  "$python" -m bench.run --suite gpu --without step --out "$results"
 }
 
+# The suite's first model with every K.
 step() {
-  rm -f "$results/step.jsonl"
-  # Outer LoRA on the attention: with LoRA on 64 experts too, the step that loops over them keeps
-  # more activations than 80 GB hold.
-  "$python" -m bench.step --device cuda --dtype bfloat16 --preset llada_moe --k 1 2 4 \
-    --outer_lora attention --without_naive --repeats 3 --batches 1 --json "$results/step.jsonl"
+  "$python" -m bench.run --suite gpu --cases 1 --without ops sweeps --out "$results"
 }
 
-launches() {
-  "$python" -m bench.launches --preset llada_moe --k 1 2 3 --json "$results/launches.jsonl"
+rest() {
+  "$python" -m bench.run --suite gpu --cases 2 3 4 5 --without ops --out "$results"
 }
 
 summary() {
-  "$python" -m bench.summary "$results" | tee "$results/summary.md"
+  "$python" -m bench.plot "$results"
 }
 
-# Seconds that each phase may take: 535 in all.
+# Seconds that each phase may take: 535 in all, without the rest.
 declare -A limit=(
-  [build]=80 [env]=15 [test]=150 [ops]=90 [step]=155 [launches]=35 [summary]=10
+  [build]=80 [env]=15 [test]=150 [ops]=110 [step]=165 [summary]=15 [rest]=1800
 )
 declare -A function=(
-  [build]=build [env]=env_ [test]=test_ [ops]=ops [step]=step [launches]=launches [summary]=summary
+  [build]=build [env]=env_ [test]=test_ [ops]=ops [step]=step [summary]=summary [rest]=rest
 )
-export -f build env_ test_ ops step launches summary
+export -f build env_ test_ ops step summary rest
 export python results
 
 failed=()
-for phase in "${@:-build env test ops step launches summary}"; do
+for phase in "${@:-build env test ops step summary}"; do
   for name in $phase; do
     if [[ -z ${limit[$name]:-} ]]; then
-      echo "on_gpu: phase must be one of build env test ops step launches summary, got $name" >&2
+      echo "on_gpu: phase must be one of build env test ops step summary rest, got $name" >&2
       exit 2
     fi
     echo "== $name"

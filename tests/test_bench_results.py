@@ -1,0 +1,191 @@
+"""Every figure of the README comes from a committed row, and every committed row can be trusted."""
+
+import json
+import re
+
+import pytest
+
+from bench import plot, ratios, results
+from bench.pages import BEGIN, END, readme_block, summary
+from bench.table import prompt_kv_lines
+
+README = plot.README.read_text(encoding="utf-8")
+FILES = sorted(results.ROOT.glob("*/*.jsonl"))
+
+# A number, in digits or in words, with a unit of something that is measured; and any number with a
+# point, as losses and ratios have.
+_DIGITS = r"(?<![\w.-])\d[\d,.]*[\s-]*"
+_WORD = r"\b(?:one|two|three|four|five|six|seven|eight|nine|ten|half|a third)[\s-]+"
+_UNIT = (
+    r"(?:ms|s|sec|seconds?|minutes?|hours?|[KMG]i?B(?:/s)?|%|per cent|x|×|times|fold"
+    r"|[MGT]FLOPs?(?:/s)?|tokens/s)"
+)
+_MEASURED = re.compile(rf"(?:{_DIGITS}|{_WORD}){_UNIT}(?!\w)|(?<![\w.-])\d+\.\d+(?![\w.])")
+
+# What looks like a measured figure and is none, with the reason.
+NOT_MEASURED = {
+    "arXiv 2603.22241": "the paper's number",
+    "https://arxiv.org/abs/2603.22241": "its address",
+    "Python 3.11": "the oldest version that is supported",
+    "versions before 5.2": "of transformers, from its release notes",
+    "LLaDA2.0, LLaDA2.1": "models' names",
+    "Apache-2.0": "the licence",
+    "a wheel of 93 MB": "what the package index says about a file",
+}
+
+
+def prose(text):
+    """The README without its generated block, its code and what is known not to be measured."""
+    before, _, rest = text.partition(BEGIN)
+    text = before + rest.partition(END)[2]
+    text = re.sub(r"^ *```.*?^ *```", "", text, flags=re.DOTALL | re.MULTILINE)
+    for fact in NOT_MEASURED:
+        text = text.replace(fact, "")
+    return text
+
+
+def test_the_block_of_the_readme_is_what_the_committed_rows_give():
+    block = BEGIN + README.partition(BEGIN)[2].partition(END)[0] + END
+    assert block == readme_block(results.ROOT), "run `python -m bench.plot`"
+
+
+def test_no_other_figure_of_the_readme_is_measured():
+    assert _MEASURED.findall(prose(README)) == []
+
+
+def test_every_exception_is_still_needed():
+    for fact, reason in NOT_MEASURED.items():
+        assert fact in README, f"{fact!r} ({reason}) is gone from README.md: take it off the list"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "2842 ms", "1,009 MiB", "about 20 % more", "28%", "five minutes", "3.2x", "two times",
+        "loss falls from 8.2 to 6.3", "140 TFLOP", "a two-minute run takes 90 s", "1.3 × as long",
+    ],
+)  # fmt: skip
+def test_a_measured_figure_is_seen(text):
+    assert _MEASURED.search(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["64 experts", "the first ones", "two cores", "sm_90", "SmolLM2-135M", "8 sequences"]
+)
+def test_other_numbers_are_not_taken_for_measured_ones(text):
+    assert not _MEASURED.search(text)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.name}")
+def test_committed_rows_are_whole_and_from_a_commit(file):
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        row = json.loads(line)
+        results.check_row(row)
+        assert re.fullmatch(r"[0-9a-f]{40}", row["commit"] or ""), f"line {number}"
+        assert row["dirty"] is False, f"line {number}"
+        assert len(row.get("times_ms", [0])) > 0, f"line {number}"
+
+
+@pytest.mark.parametrize("folder", sorted({file.parent for file in FILES}), ids=lambda f: f.name)
+def test_a_folder_s_summary_is_what_its_rows_give(folder):
+    assert (folder / "summary.md").read_text(encoding="utf-8") == summary(folder)
+
+
+MACHINE = {
+    "device": "a CPU", "threads": 2, "torch": "2.13.0", "triton": None, "python": "3.11.7",
+    "commit": "0" * 40, "dirty": False,
+}  # fmt: skip
+
+
+def step(variant, k, p50_ms, *, run="2026-01-01T00:00:00+00:00", case="a case", **other):
+    return {
+        "bench": "step", "suite": "cpu", "run": run, **MACHINE, "case": case, "model": "tiny",
+        "batch_size": 2, "length": 64, "prompt_share": 0.5, "outer": "full",
+        "gradient_checkpointing": False, "dtype": "float32", "variant": variant, "k": k,
+        "times_ms": [p50_ms], "p20_ms": p50_ms, "p50_ms": p50_ms, "p80_ms": p50_ms,
+        "peak_mib": 10.0, "rss_mib": None, "flops": 1000, "tokens": 128,
+        "parts_ms": {"optimizer": 1.0}, "calls": 5, "launches": None, "host_reads": 0, **other,
+    }  # fmt: skip
+
+
+def one_run(memdlm_ms, run, commit="0" * 40):
+    return [
+        step("mdlm_all_rows", None, 200.0, run=run, commit=commit),
+        step("mdlm", None, 100.0, run=run, commit=commit),
+        step("memdlm_naive", 2, 450.0, run=run, commit=commit),
+        step("memdlm", 2, memdlm_ms, run=run, commit=commit),
+    ]
+
+
+FIRST, SECOND = "2026-01-01T00:00:00+00:00", "2026-01-02T00:00:00+00:00"
+
+
+def test_ratios_are_over_both_standards():
+    assert ratios.ratios(one_run(150.0, FIRST)) == {
+        "memdlm/mdlm K=2, a case": 1.5,
+        "memdlm/mdlm_all_rows K=2, a case": 0.75,
+        "memdlm_naive/memdlm K=2, a case": 3.0,
+    }
+
+
+def test_the_largest_change_against_the_run_before_is_told():
+    rows = one_run(150.0, FIRST) + one_run(180.0, SECOND)
+    said = ratios.against_previous(rows, SECOND)
+    assert said is not None
+    assert said.startswith(f"against the run of {FIRST}: 3 ratios moved by at most 20.0 %")
+    assert ratios.against_previous(rows, FIRST) is None
+
+
+def test_a_run_is_not_compared_with_another_machine_s():
+    rows = [row | {"device": "another"} for row in one_run(150.0, FIRST)] + one_run(180.0, SECOND)
+    assert ratios.against_previous(rows, SECOND) is None
+
+
+def test_the_newest_rows_are_of_one_commit_and_each_case_s_newest_run():
+    other = [row | {"case": "another"} for row in one_run(120.0, FIRST)]
+    stale = one_run(100.0, "2025-01-01T00:00:00+00:00", commit="1" * 40)
+    late = one_run(180.0, SECOND)
+    kept = results.newest(stale + one_run(150.0, FIRST) + other + late, "step", "cpu")
+    assert kept == other + late
+
+
+def test_a_row_that_lacks_a_key_is_refused_with_its_place(tmp_path):
+    row = step("mdlm", None, 100.0)
+    del row["parts_ms"]
+    (tmp_path / "step.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=r"step.jsonl, line 1: .*parts_ms"):
+        results.read_rows(tmp_path)
+
+
+def test_what_is_wrong_or_did_not_run_needs_no_times():
+    op = {
+        "bench": "op", "suite": "cpu", "run": FIRST, **MACHINE, "op": "lora_linear", "case": "one",
+        "dtype": "float32", "variant": "Liger",
+    }  # fmt: skip
+    results.check_row(op | {"skipped": "not installed"})
+    checked = op | {"error": 1.0, "flops": 1, "bytes": 1}
+    results.check_row(checked | {"wrong": True})
+    with pytest.raises(ValueError, match="times_ms"):
+        results.check_row(checked | {"wrong": False})
+
+
+def test_a_folder_becomes_pictures_and_pages(tmp_path):
+    folder = tmp_path / "cpu-2-cores"
+    folder.mkdir()
+    more = [step("memdlm", 3, 190.0), *one_run(150.0, FIRST)]
+    longer = [row | {"case": "longer", "length": 128} for row in one_run(300.0, FIRST)]
+    lines = [json.dumps(row) for row in more + longer]
+    (folder / "step.jsonl").write_text("\n".join(lines) + "\n")
+    plot.write(folder)
+    assert {path.name for path in folder.glob("*.png")} == {
+        "cost_vs_k.png", "by_length.png", "parts.png",
+    }  # fmt: skip
+    block = readme_block(tmp_path)
+    assert "MemDLM with K = 2 takes 0.75 × the time: it is cheaper in 1 of 1 cases" in block
+    assert "**No GPU has run these benchmarks yet**" in block
+    assert "| longer |" in (folder / "summary.md").read_text()
+
+
+def test_prompt_kv_lines_hold_the_rows_figures():
+    row = {"bench": "prompt_kv", "suite": None, "run": FIRST, **MACHINE, "k": 2, "cosine": 0.99}
+    assert prompt_kv_lines([row])[-1] == "| 2 | 0.99 |"
