@@ -76,6 +76,8 @@ def test_roof(
     write(roof(dtype, device))
 
 
+# What is wrong or skipped is not timed.
+@pytest.mark.filterwarnings("ignore:Benchmark fixture was not used")
 def test_op(
     problem: Problem,
     variant: Variant,
@@ -83,6 +85,8 @@ def test_op(
     benchmark: Any,
     request: pytest.FixtureRequest,
 ) -> None:
+    if benchmark.disabled:
+        pytest.skip("pytest-benchmark is disabled here, by an option or by xdist")
     case = problem.case
     benchmark.group = f"{case.op}: {case.name}, {text(case.dtype)}"
     benchmark.name = variant.name

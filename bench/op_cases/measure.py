@@ -26,9 +26,10 @@ from bench.timing import peak_mib, percentiles
 # Of (what is timed, what runs before each round, rounds): the rounds' times in milliseconds.
 Timer = Callable[[Callable[[], None], Callable[[], None], int], list[float]]
 
-# A variant that is slow is timed in fewer rounds, at least in so many.
-_LEAST_ROUNDS = 3
+# A variant is timed for about so many seconds, in three rounds at least; where one run takes longer
+# than that, as the largest cases' oracles do, in one: a row's times_ms say how often.
 _SECONDS = 1.5
+_LEAST_ROUNDS = 3
 # What another library may raise where it does not work with what is installed here.
 _FOREIGN_ERRORS = (AttributeError, ImportError, RuntimeError, TypeError, ValueError)
 
@@ -131,8 +132,11 @@ def measure(problem: Problem, variant: Variant, rounds: int, timer: Timer) -> di
         if row["wrong"]:
             return row
     del results
+    start = time.perf_counter()
     row["peak_mib"] = round(peak_mib(run, device), 3)
-    rounds = min(rounds, max(_LEAST_ROUNDS, int(_SECONDS / _seconds(run, device))))
+    seconds = time.perf_counter() - start
+    least = _LEAST_ROUNDS if seconds < _SECONDS else 1
+    rounds = min(rounds, max(least, int(_SECONDS / seconds)))
     base_ms: list[float] = []
     times_ms = timer(
         lambda: _finish(run, device),

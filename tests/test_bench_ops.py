@@ -1,0 +1,180 @@
+"""The op benchmark: it covers every op, runs what it says, and times nothing that is wrong."""
+
+import dataclasses
+import gc
+import json
+import math
+
+import pytest
+import torch
+
+from bench.cases import SUITES
+from bench.op_cases import op_cases, run_ops
+from bench.op_cases.case import Variant, text
+from bench.op_cases.measure import build, measure
+from bench.op_cases.suites import SUITE_NAMES
+from memdlm_kernels import list_backends
+
+CPU = torch.device("cpu")
+TINY = op_cases("tiny")
+# A float32 result that is off by as much has lost more than half of its digits; of a bfloat16
+# result's three, this leaves one.
+LARGEST_BAR = {torch.float32: 1e-4, torch.bfloat16: 0.08}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_old_is_collected():
+    """As bench/conftest.py: the collection before each measured peak takes most of the time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def in_one_round(run, before, rounds):
+    before()
+    run()
+    return [1.0]
+
+
+def never(run, before, rounds):
+    raise AssertionError("timed")
+
+
+def as_id(case):
+    return f"{case.op}: {case.name}, {text(case.dtype)}"
+
+
+@pytest.mark.parametrize("suite", SUITE_NAMES)
+def test_every_suite_has_every_op_and_no_case_twice(suite):
+    cases = op_cases(suite)
+    assert {case.op for case in cases} == set(list_backends("cpu"))
+    names = [as_id(case) for case in cases]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("suite", SUITE_NAMES)
+def test_a_case_has_every_backend_once_and_something_beside_them(suite):
+    for case in op_cases(suite):
+        names = [variant.name for variant in case.variants]
+        assert len(names) == len(set(names)), as_id(case)
+        assert {variant.role for variant in case.variants} >= {"ours", "peer"} or any(
+            variant.role == "bound" for variant in case.variants
+        ), as_id(case)
+        own = [variant.backend for variant in case.variants if variant.backend is not None]
+        assert not own or set(own) == set(list_backends("cpu")[case.op]), as_id(case)
+
+
+@pytest.mark.parametrize("suite", SUITE_NAMES)
+def test_no_bar_lets_much_pass(suite):
+    for case in op_cases(suite):
+        assert 0 < case.bar < LARGEST_BAR[case.dtype], as_id(case)
+
+
+@pytest.mark.parametrize("case", TINY, ids=as_id)
+def test_every_variant_of_a_tiny_case_is_right_or_says_why_it_does_not_run(case):
+    problem = build(case, CPU)
+    rows = [measure(problem, variant, 5, in_one_round) for variant in case.variants]
+    timed = [row for row in rows if "skipped" not in row]
+    assert [row["variant"] for row in timed if row["wrong"]] == []
+    assert all({"times_ms", "p50_ms", "base_ms", "peak_mib"} <= row.keys() for row in timed)
+    # Without a GPU these alone may be missing, Triton and CUDA, and what is built on them.
+    gpu_only = ("triton", "cuda", "Liger", "cut-cross-entropy", "F.linear_cross_entropy")
+    for row in rows:
+        if "skipped" in row:
+            assert any(name in row["variant"] for name in gpu_only), row
+    assert json.loads(json.dumps(rows, allow_nan=False)) == rows
+
+
+@pytest.mark.parametrize("case", TINY, ids=as_id)
+def test_a_result_off_by_twice_the_bar_is_wrong_and_not_timed(case):
+    problem = build(case, CPU)
+    # The last result: a gradient, where there is one. No rounding hides a float64's difference.
+    off = list(problem.truth)
+    off[-1] = off[-1] * (1 + 2 * case.bar)
+    row = measure(problem, Variant("planted", lambda inputs: lambda: off), 5, never)
+    assert row["wrong"]
+    assert row["error"] == pytest.approx(2 * case.bar)
+    assert "p50_ms" not in row
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("op", ["lora_linear", "fast_weight_reset_"])
+def test_one_element_that_is_no_number_is_wrong(op, value):
+    case = next(case for case in TINY if case.op == op)
+    problem = build(case, CPU)
+    off = [tensor.clone() for tensor in problem.truth]
+    off[0].view(-1)[3] = value
+    for variant in (case.variants[0], case.variants[-1]):
+        if variant.role == "bound":
+            variant = next(each for each in case.variants if each.role == "peer")
+        planted = dataclasses.replace(
+            variant, name="planted", backend=None, make=lambda inputs: lambda: off
+        )
+        row = measure(problem, planted, 5, never)
+        assert row["wrong"]
+        assert row["error"] is None
+
+
+def test_results_of_another_shape_are_wrong():
+    problem = build(TINY[0], CPU)
+    off = [tensor[None] for tensor in problem.truth]
+    assert measure(problem, Variant("planted", lambda inputs: lambda: off), 5, never)["wrong"]
+
+
+def test_other_random_numbers_may_not_be_constant_or_leave_B_as_it_was():
+    case = next(case for case in TINY if case.op == "fast_weight_reset_")
+    problem = build(case, CPU)
+    peer = next(variant for variant in case.variants if variant.role == "peer")
+    flat = torch.full_like(problem.truth[0], 0.05)
+    kept = problem.truth[0].clone()
+    kept[kept == 0] = 1.0
+    for planted in (flat, kept):
+        variant = dataclasses.replace(peer, make=lambda inputs, off=planted: lambda: [off])
+        assert measure(problem, variant, 5, never)["wrong"]
+
+
+def test_an_error_of_ours_is_not_taken_for_a_reason_to_skip():
+    def broken(inputs):
+        raise RuntimeError("broken")
+
+    problem = build(TINY[0], CPU)
+    assert "broken" in measure(problem, Variant("peer", broken), 5, never)["skipped"]
+    with pytest.raises(RuntimeError, match="broken"):
+        measure(problem, Variant("ours", broken, "ours"), 5, never)
+
+
+def test_a_run_fails_where_ours_is_wrong_and_only_says_so_of_a_peer(tmp_path, monkeypatch, capfd):
+    (tmp_path / "planted.py").write_text(
+        "from bench.op_cases import cross_entropy\n"
+        "ours, peer = cross_entropy._ours_logits, cross_entropy._kl_div\n"
+        "cross_entropy._ours_logits = lambda **tensors: 1.1 * ours(**tensors)\n"
+        "cross_entropy._kl_div = lambda **tensors: 1.1 * peer(**tensors)\n"
+    )
+    # The benchmark runs in a process of its own; xdist would turn the timing off.
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    chosen = "(masked_linear_kl or masked_cross_entropy) and not bfloat16"
+    monkeypatch.setenv("PYTEST_ADDOPTS", f"-p planted -k '{chosen}'")
+    path = tmp_path / "ops.jsonl"
+    run, suite = "2026-01-01T00:00:00+00:00", dataclasses.replace(SUITES["quick"], op_rounds=2)
+
+    assert run_ops("tiny", suite, run, path) == 1
+    said = capfd.readouterr().out
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert {(row["bench"], row["suite"], row["run"]) for row in rows} == {("op", "tiny", run)}
+    wrong = [row for row in rows if row.get("wrong")]
+    assert {(row["op"], row["variant"]) for row in wrong} == {
+        ("masked_linear_kl", "F.kl_div, logits.float()"),
+        ("masked_linear_kl", "F.kl_div, float32 products"),
+        ("masked_cross_entropy", "ours: cpu"),
+        ("masked_cross_entropy", "reference"),
+    }
+    assert "2 failed" in said
+    assert "error" not in said.splitlines()[-1]
+    assert "2 xfailed" in said
+    assert "F.kl_div, logits.float() is off by" in said
+    assert not any("times_ms" in row for row in wrong)
+    right = [row for row in rows if row.get("wrong") is False]
+    assert right
+    assert all(len(row["times_ms"]) == 2 for row in right)
