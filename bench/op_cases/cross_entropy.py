@@ -81,7 +81,7 @@ def linear_case(
         Variant(name, differentiated(partial(_gathered, loss), wanted))
         for name, loss in gathered.items()
     ]
-    if not head_trains:
+    if rows > masked and not head_trains:
         variants.append(Variant("all rows, F.cross_entropy", differentiated(_all_rows, wanted)))
     variants += [
         Variant(name, partial(_peer, find, wanted))

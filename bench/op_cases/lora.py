@@ -4,8 +4,7 @@ import contextlib
 from functools import partial
 
 import torch
-from peft import LoraConfig
-from peft.tuners.lora import Linear
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from bench.op_cases.case import (
@@ -27,9 +26,9 @@ _FLOAT32_BYTES = 4
 # Rounded to the dtype: A and B (kept in float32), the shrink, its product with B, times the scale,
 # plus the base.
 _ROUNDINGS = 6
-# Forward alone; the gradients of an inner step, of the outer pass through fast weights, of an outer
-# LoRA.
-GRADIENTS = ((), ("A", "B"), ("x", "base"), ("x", "base", "A", "B"))
+# The gradients of an inner step, of the outer pass through fast weights, of an outer LoRA; forward
+# alone.
+GRADIENTS = (("A", "B"), ("x", "base"), ("x", "base", "A", "B"), ())
 
 
 def lora_case(
@@ -113,8 +112,9 @@ def _peft(wanted: tuple[str, ...], dtype: torch.dtype, inputs: Inputs) -> Run:
     x, base, A, B = (inputs[name] for name in ("x", "base", "A", "B"))
     rank, columns = A.shape
     frozen = nn.Linear(columns, len(B), bias=False, device="meta", dtype=dtype)
-    config = LoraConfig(r=rank, lora_alpha=int(SCALE * rank))
-    layer = Linear(frozen, "default", config, r=rank, lora_alpha=config.lora_alpha)
+    config = LoraConfig(r=rank, lora_alpha=int(SCALE * rank), target_modules=["linear"])
+    model = get_peft_model(nn.ModuleDict({"linear": frozen}), config)
+    layer = model.base_model.model["linear"]
     factors = {"A": layer.lora_A["default"], "B": layer.lora_B["default"]}
     for name, tensor in (("A", A), ("B", B)):
         factors[name].weight = nn.Parameter(tensor.clone(), requires_grad=name in wanted)

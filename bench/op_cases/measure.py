@@ -26,9 +26,9 @@ from bench.timing import peak_mib, percentiles
 # Of (what is timed, what runs before each round, rounds): the rounds' times in milliseconds.
 Timer = Callable[[Callable[[], None], Callable[[], None], int], list[float]]
 
-# A variant is timed for about so many seconds, in three rounds at least; where one run takes longer
-# than that, as the largest cases' oracles do, in one: a row's times_ms say how often.
-_SECONDS = 1.5
+# A variant and its base are timed for about so many seconds, in three rounds at least; where one
+# run takes longer than that, as the largest cases' oracles do, in one: times_ms say how often.
+_SECONDS = 1.0
 _LEAST_ROUNDS = 3
 # What another library may raise where it does not work with what is installed here.
 _FOREIGN_ERRORS = (AttributeError, ImportError, RuntimeError, TypeError, ValueError)
@@ -43,6 +43,7 @@ class Problem:
         inputs: of every variant.
         truth: results in float64.
         base: our default backend, which runs beside every variant.
+        base_seconds: of one run of it.
         flops: of matrix products.
     """
 
@@ -51,6 +52,7 @@ class Problem:
     inputs: Inputs
     truth: Results
     base: Run
+    base_seconds: float
     flops: int
 
 
@@ -77,7 +79,8 @@ def build(case: Case, device: torch.device) -> Problem:
     flops = counter.get_total_flops() if case.flops is None else case.flops
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    return Problem(case, device, inputs, results, _base(case, inputs, device), flops)
+    base = _base(case, inputs, device)
+    return Problem(case, device, inputs, results, base, _seconds(base, device), flops)
 
 
 def measure(problem: Problem, variant: Variant, rounds: int, timer: Timer) -> dict[str, Any]:
@@ -136,7 +139,7 @@ def measure(problem: Problem, variant: Variant, rounds: int, timer: Timer) -> di
     row["peak_mib"] = round(peak_mib(run, device), 3)
     seconds = time.perf_counter() - start
     least = _LEAST_ROUNDS if seconds < _SECONDS else 1
-    rounds = min(rounds, max(least, int(_SECONDS / seconds)))
+    rounds = min(rounds, max(least, int(_SECONDS / (seconds + problem.base_seconds))))
     base_ms: list[float] = []
     times_ms = timer(
         lambda: _finish(run, device),

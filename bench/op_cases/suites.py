@@ -6,7 +6,6 @@ from bench.op_cases import cross_entropy, experts, fast_weights, ffn, lora
 from bench.op_cases.case import Case
 
 _F32, _BF16 = torch.float32, torch.bfloat16
-# Of grouped_lora_linear: forward, an inner step, the outer pass, an outer LoRA.
 _GRADIENTS = lora.GRADIENTS
 _INNER, _OUTER = ("A", "B"), ("x", "base")
 _GATED_INNER, _GATED_OUTER = ("x", "gate", "up", "A", "B"), ("x", "gate", "up")
@@ -73,11 +72,11 @@ def _quick() -> list[Case]:
         experts.linear_case(8_192, 64, 256, 256, _F32, ("x",)),
         *(
             experts.lora_case(1, 64, 8_192, 256, 256, 2, _F32, wanted)
-            for wanted in ((), _INNER, _OUTER)
+            for wanted in (_INNER, _OUTER, ())
         ),
         experts.layer_case(1_024, 256, 128, 64, 8, _F32),
-        ffn.activation_case(1_024, 1_024, _F32),
         ffn.dense_case(1_024, 384, 1_024, _F32, _GATED_INNER),
+        ffn.activation_case(1_024, 1_024, _F32),
         fast_weights.sgd_case(1, (22_528,) * 24, _F32),
         fast_weights.sgd_case(1, (200_000,) * 200, _F32),
         fast_weights.reset_case(1, (22_528,) * 24, _F32),
@@ -117,12 +116,12 @@ def _cpu() -> list[Case]:
         experts.linear_case(8_192, 64, 256, 256, _BF16, ("x",)),
         *(
             experts.lora_case(1, 64, 8_192, 256, 256, 2, _BF16, wanted)
-            for wanted in ((), _INNER, _OUTER)
+            for wanted in (_INNER, _OUTER, ())
         ),
         # A quarter of a layer of LLaDA-MoE.
         experts.layer_case(1_024, 2_048, 1_024, 16, 4, _BF16),
-        ffn.activation_case(1_024, 1_024, _BF16),
         ffn.dense_case(1_024, 384, 1_024, _BF16, _GATED_INNER),
+        ffn.activation_case(1_024, 1_024, _BF16),
         fast_weights.sgd_case(1, (200_000,) * 200, _BF16, cast=True),
         fast_weights.reset_case(1, (200_000,) * 200, _BF16, cast=True),
     ]
@@ -150,12 +149,12 @@ def _gpu() -> list[Case]:
         experts.linear_case(rows, count, hidden, 2 * inner, _BF16, ("x",), bounds=True),
         *(
             experts.lora_case(1, count, rows, hidden, 2 * inner, 2, _BF16, wanted, bounds=True)
-            for wanted in ((), _INNER, _OUTER)
+            for wanted in (_INNER, _OUTER, ())
         ),
         experts.layer_case(2_048, hidden, inner, count, 8, _BF16),
-        ffn.activation_case(8_192, 12_288, _BF16, bounds=True),
-        ffn.dense_case(8_192, 4_096, 12_288, _BF16, _GATED_INNER, bounds=True),
         ffn.experts_case(rows, count, hidden, inner, _BF16, ("x", "gate", *_INNER), bounds=True),
+        ffn.dense_case(8_192, 4_096, 12_288, _BF16, _GATED_INNER, bounds=True),
+        ffn.activation_case(8_192, 12_288, _BF16, bounds=True),
         ffn.ffn_case(rows, count, hidden, inner, _BF16, backward=False),
         ffn.ffn_case(rows, count, hidden, inner, _BF16, backward=True),
         fast_weights.sgd_case(1, fast_weights.LLADA2_MINI, _F32, bounds=True),
