@@ -1,9 +1,8 @@
-"""Where the time of a training step goes, and what it asks of the host, from one profile of it."""
+"""Where the time of a training step goes, from one profile of it."""
 
-import time
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -12,20 +11,11 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import record_function
 
+from bench.timing import profiled
+
 # The parts are the ranges with these prefixes; where they nest, the innermost counts.
 _RANGES = ("memdlm.", "bench.")
 _STEPS = "bench.steps"
-# Operators whose result or its shape the host needs, so that on a GPU it waits for the device.
-_READS = {
-    "aten::_local_scalar_dense",
-    "aten::equal",
-    "aten::masked_select",
-    "aten::nonzero",
-    "aten::_unique2",
-    "aten::unique_consecutive",
-    "aten::unique_dim",
-}
-_WAITS = {"cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"}
 
 
 @dataclass(frozen=True)
@@ -38,15 +28,11 @@ class Breakdown:
             time in which the device waits for the host.
         calls: operators that are dispatched, without those that another operator calls.
         launches: kernels, without copies and fills; None on a CPU.
-        host_reads: places where the host reads a value off the device, or a shape that depends on
-            values. The same operators count on a CPU, where they are cheap. The optimiser's are
-            left out: its step counters lie on the host.
     """
 
     parts_ms: dict[str, float]
     calls: int
     launches: int | None
-    host_reads: int
 
 
 class Event(NamedTuple):
@@ -71,17 +57,15 @@ def profile_steps(run: Callable[[], object], count: int, device: torch.device) -
     Returns:
         The breakdown.
     """
-    on_gpu = device.type == "cuda"
-    with torch.autograd.profiler.profile(use_device="cuda" if on_gpu else None) as profiler:
-        start = time.perf_counter()
+
+    def marked() -> None:
         with record_function(_STEPS):
             run()
-        if on_gpu:
-            torch.cuda.synchronize(device)
-        total_ms = 1e3 * (time.perf_counter() - start)
-    # Not `profiler.function_events`: its tree of Python objects takes a minute for 10^6 events.
-    results: Any = profiler.kineto_results
-    return analyse(map(_event, results.events()), total_ms, count, on_gpu=on_gpu)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+
+    events = map(_event, profiled(marked, device))
+    return analyse(events, count, on_gpu=device.type == "cuda")
 
 
 def _event(raw: Any) -> Event:
@@ -95,19 +79,18 @@ def _event(raw: Any) -> Event:
     )
 
 
-def analyse(events: Iterable[Event], total_ms: float, count: int, *, on_gpu: bool) -> Breakdown:
+def analyse(events: Iterable[Event], count: int, *, on_gpu: bool) -> Breakdown:
     """Make a breakdown of a profile's events.
 
     Args:
-        events: in any order.
-        total_ms: wall time of all steps.
+        events: in any order; one is the range of all the steps.
         count: how many steps there were.
         on_gpu: whether the parts are of the device's time.
 
     Returns:
         The breakdown of one step.
     """
-    ranges, operators, waiting, launched, kernels = [], [], [], {}, []
+    ranges, operators, launched, kernels = [], [], {}, []
     for event in events:
         name = event.name
         if event.on_device:
@@ -118,8 +101,6 @@ def analyse(events: Iterable[Event], total_ms: float, count: int, *, on_gpu: boo
             ranges.append(event)
         elif name.startswith("cu"):
             launched[event.correlation] = event.start
-            if name in _WAITS:
-                waiting.append(event)
         elif _is_operator(name):
             operators.append(event)
     timeline = _Timeline(ranges)
@@ -135,18 +116,13 @@ def analyse(events: Iterable[Event], total_ms: float, count: int, *, on_gpu: boo
         for name, spent in spent_ns.items()
         if name not in ("", _STEPS)
     }
+    (total_ms,) = ((each.end - each.start) / 1e6 for each in ranges if each.name == _STEPS)
     parts_ms["rest"] = round(total_ms / count - sum(parts_ms.values()), 3)
-    reads = [
-        event
-        for event in _outermost(waiting + [each for each in operators if each.name in _READS])
-        if timeline.part_at(event.start) not in ("", "bench.optimizer")
-    ]
     real = sum(not kernel.name.startswith(("Memcpy", "Memset")) for kernel in kernels)
     return Breakdown(
         parts_ms,
-        calls=round(sum(1 for _ in _outermost(operators)) / count),
+        calls=round(_count_outermost(operators) / count),
         launches=round(real / count) if on_gpu else None,
-        host_reads=round(len(reads) / count),
     )
 
 
@@ -155,13 +131,13 @@ def _is_operator(name: str) -> bool:
     return "::" in name and not name.startswith(("autograd::", "torch::"))
 
 
-def _outermost(events: list[Event]) -> Iterator[Event]:
-    """Those that lie in no other. Threads take turns: one waits while the other runs backward."""
-    end = 0
+def _count_outermost(events: list[Event]) -> int:
+    """How many lie in no other. Threads take turns: one waits while the other runs backward."""
+    count, end = 0, 0
     for event in sorted(events, key=lambda event: (event.start, -event.end)):
         if event.start >= end:
-            end = event.end
-            yield event
+            count, end = count + 1, event.end
+    return count
 
 
 class _Timeline:

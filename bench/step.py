@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdp
 import memdlm_kernels.flops  # noqa: F401 - registers the formulas
 from bench.breakdown import profile_steps
 from bench.cases import MODELS, SMALL, StepCase
+from bench.host_reads import HostReads
 from bench.timing import interleaved_ms, machine, peak_mib, percentiles, rss_mib, write_rows
 from bench.variants import Step, check_losses, collation_ms, make_steps, memory_of
 
@@ -135,7 +136,7 @@ def measure(
     steps = make_steps(
         case, inner_steps, batches, device, dtype, naive=naive, naive_steps=naive_steps
     )
-    check_losses(steps)
+    steps = check_losses(steps)
     rounds = {name: _round(step, batches) for name, step in steps.items()}
     times_ms = interleaved_ms(rounds, repeats, device)
     facts = {
@@ -162,7 +163,7 @@ def measure(
             memory = memory_of(variant, int(k)) if k else None
             parts_ms = {"host_masks": round(collation_ms(case, memory), 3), **parts_ms}
         own_ms = [time_ms / batches for time_ms in times_ms[name]]
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter, HostReads(device) as reads:
             take_round()
         row = {
             **facts,
@@ -176,7 +177,7 @@ def measure(
             "parts_ms": parts_ms,
             "calls": breakdown.calls,
             "launches": breakdown.launches,
-            "host_reads": breakdown.host_reads,
+            "host_reads": round(reads.count / batches),
         }
         # At once: what was measured stays, should a later variant fail.
         write_rows(path, [row])
@@ -193,17 +194,33 @@ def _round(step: Step, batches: int) -> Callable[[], None]:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """Print measured rows of one case beside both standards."""
-    all_rows = next(row for row in rows if row["variant"] == "mdlm_all_rows")
-    mdlm = next(row for row in rows if row["variant"] == "mdlm")
-    print(rows[0]["case"])
+    """Print the rows of one case beside both standards, and where the time of the method goes.
+
+    The floor is the ratio of FLOPs to `mdlm`: what the method costs if every FLOP costs the same.
+    """
+    first = {row["variant"]: row for row in reversed(rows)}
+    print(f"\n{rows[0]['case']}, {rows[0]['dtype']}, {rows[0]['device']}")
+    print(
+        f"{'variant':<17}{'K':>2}{'p50 ms':>10}{'/all rows':>11}{'/mdlm':>8}{'floor':>8}"
+        f"{'/floor':>8}{'tokens/s':>11}{'peak MiB':>10}{'calls':>8}{'host reads':>12}"
+    )
     for row in rows:
+        over_mdlm = row["p50_ms"] / first["mdlm"]["p50_ms"]
+        floor = row["flops"] / first["mdlm"]["flops"]
+        all_rows = first.get("mdlm_all_rows")
+        over_all = f"{row['p50_ms'] / all_rows['p50_ms']:.2f}" if all_rows else "-"
         print(
-            f"{row['variant']:<17}{row['k'] or '':>2}{row['p50_ms']:>10.1f}"
-            f"{row['p50_ms'] / all_rows['p50_ms']:>9.2f}{row['p50_ms'] / mdlm['p50_ms']:>8.2f}"
-            f"{row['flops'] / mdlm['flops']:>8.2f}"
-            f"{row['peak_mib']:>10.1f}"
+            f"{row['variant']:<17}{row['k'] or '':>2}{row['p50_ms']:>10.1f}{over_all:>11}"
+            f"{over_mdlm:>8.2f}{floor:>8.2f}{over_mdlm / floor:>8.2f}"
+            f"{1e3 * row['tokens'] / row['p50_ms']:>11,.0f}{row['peak_mib']:>10,.0f}"
+            f"{row['calls']:>8,}{row['host_reads']:>12,}"
         )
+    shown = [row for row in rows if row["variant"] == "memdlm"]
+    shown = [row for row in shown if row["k"] == 2] or shown
+    for row in shown[:1]:
+        print(f"\nmemdlm K={row['k']}, ms of one profiled step (host_masks: beside it)")
+        for part, time_ms in row["parts_ms"].items():
+            print(f"  {part:<17}{time_ms:>10.2f}")
 
 
 if __name__ == "__main__":

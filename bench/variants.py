@@ -12,6 +12,7 @@ A step is forward, backward and AdamW; the batches are made beforehand. Its part
 """
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -23,6 +24,7 @@ from accelerate.utils import send_to_device
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.profiler import record_function
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from bench.cases import OUTER_LORA_RANK, StepCase
@@ -48,6 +50,7 @@ def make_steps(
     *,
     naive: bool = True,
     naive_steps: Sequence[int] | None = None,
+    prompt_kv: bool = True,
 ) -> dict[str, Step]:
     """A training step of each variant, as a function of the batch's number.
 
@@ -58,6 +61,7 @@ def make_steps(
         device, dtype: of the model.
         naive: whether `memdlm_naive` is among the variants.
         naive_steps: those of `inner_steps` that it is made for, None for all.
+        prompt_kv: whether `memdlm_prompt_kv` is, for every K above 1.
 
     Returns:
         Variant (with " K=..." where it has one) to a step that returns its loss.
@@ -93,7 +97,7 @@ def make_steps(
             plainly = _naive_step(looped, case, diffusion, memory, own)
             steps[f"memdlm_naive K={k}"] = optimised_published(plainly)
         # With K = 1 there is no noisier state, whose prefix could be reused.
-        for variant in ("memdlm", "memdlm_prompt_kv") if k > 1 else ("memdlm",):
+        for variant in ("memdlm", "memdlm_prompt_kv") if prompt_kv and k > 1 else ("memdlm",):
             memory = memory_of(variant, k)
             own = make_batches(case, diffusion, memory, batches, device)
             ours = MemDLMObjective(model, diffusion, memory)
@@ -104,23 +108,36 @@ def make_steps(
 
 def memory_of(variant: str, k: int) -> MemoryConfig:
     """The inner loop of a `memdlm` variant with K = `k`."""
-    reuse = "prompt_kv" if variant == "memdlm_prompt_kv" else "none"
-    return MemoryConfig(inner_steps=k, prefix_reuse=reuse)
+    if variant == "memdlm_prompt_kv":
+        return MemoryConfig(inner_steps=k, prefix_reuse="prompt_kv")
+    return MemoryConfig(inner_steps=k)
 
 
-def check_losses(steps: dict[str, Step]) -> None:
-    """Run the first step of both plain variants, whose LoRA is still zero: the losses must agree.
+def check_losses(steps: dict[str, Step]) -> dict[str, Step]:
+    """Run the first step of every variant: those of the plain ones, untrained yet, must agree.
 
     Args:
         steps: from `make_steps`, not run yet.
 
+    Returns:
+        The steps that fit in the GPU's memory; what does not is named on stderr.
+
     Raises:
-        ValueError: they do not.
+        ValueError: losses that differ, or not even `mdlm` fits.
     """
-    losses = {name: float(steps[name](0)) for name in ("mdlm_all_rows", "mdlm")}
-    all_rows, masked = losses.values()
-    if abs(all_rows - masked) > 0.01 * abs(all_rows):
-        raise ValueError(f"the variants must compute the same loss, got {losses}")
+    fitting, losses = {}, {}
+    for name, step in tqdm(steps.items(), desc="first steps", leave=False):
+        try:
+            losses[name] = float(step(0))
+            fitting[name] = step
+        except torch.OutOfMemoryError as error:
+            print(f"{name} is left out: {str(error).splitlines()[0]}", file=sys.stderr)
+    if "mdlm" not in losses:
+        raise ValueError("mdlm must fit in the memory of the GPU: take a smaller case")
+    plain = {name: losses[name] for name in ("mdlm_all_rows", "mdlm") if name in losses}
+    if max(plain.values()) - min(plain.values()) > 0.01 * abs(min(plain.values())):
+        raise ValueError(f"the variants must compute the same loss, got {plain}")
+    return fitting
 
 
 def make_batches(
