@@ -69,6 +69,23 @@ def env(words: Sequence[str]) -> None:
     print(describe_environment())
 
 
+def plan(words: Sequence[str]) -> None:
+    """Estimate what a run costs, in time and memory, and what would make it cheaper."""
+    from memdlm.cost.options import PlanOptions
+
+    short = {"--batch": "--batch_size"}
+    heads = (word.partition("=") for word in words)
+    full = [short.get(head, head) + equals + rest for head, equals, rest in heads]
+    options = _read("plan", PlanOptions, full)
+    if options is None:
+        return
+
+    from memdlm.cost.plan import make_plan
+    from memdlm.cost.text import describe_plan
+
+    print(describe_plan(make_plan(options)))
+
+
 def _read(command: str, kind: type[Any], words: Sequence[str]) -> Any:
     """The options of a command, a dataclass; None where help was asked for, which it prints."""
     from memdlm.key_values import describe, read_command_line, suggest, typed
@@ -98,6 +115,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "convert": convert,
     "demo": demo,
     "env": env,
+    "plan": plan,
     "train": train,
 }
 

@@ -5,6 +5,7 @@ activations, rotary embeddings, softmax and the optimiser are left out: they are
 on long rows a percent or two of the time of those.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from enum import Enum
 
@@ -94,6 +95,8 @@ class _Pass:
         graph: whether there is a backward pass.
         weights: whether that makes gradients of the base weights.
         input_grad: whether the first half's input has a gradient.
+        looped: whether experts are layers of their own, as published models have them: gate and up
+            are then two, each with an outer LoRA.
     """
 
     tokens: float
@@ -104,12 +107,13 @@ class _Pass:
     graph: bool = True
     weights: bool = False
     input_grad: bool = True
+    looped: bool = False
 
 
 def all_rows_flops(
     shape: DecoderShape, counts: BatchCounts, training: Training
 ) -> dict[str, float]:
-    """Plain MDLM as trainers run it: every row through every layer and the head.
+    """Plain MDLM as trainers run it: every row through every layer and the head, experts in a loop.
 
     Args:
         shape: the decoder.
@@ -120,7 +124,7 @@ def all_rows_flops(
         FLOPs of each of `PARTS` that there is.
     """
     every = StateCounts(counts.batch_size * counts.length, counts.length)
-    parts = _plain(shape, counts, every, training)
+    parts = _plain(shape, counts, every, training, looped=True)
     head = 2 * every.rows * shape.vocabulary * shape.hidden
     return parts | {HEAD: head * (3 if training.outer == "full" else 2)}
 
@@ -178,10 +182,16 @@ def memdlm_flops(shape: DecoderShape, counts: BatchCounts, training: Training) -
 
 
 def _plain(
-    shape: DecoderShape, counts: BatchCounts, state: StateCounts, training: Training
+    shape: DecoderShape,
+    counts: BatchCounts,
+    state: StateCounts,
+    training: Training,
+    *,
+    looped: bool = False,
 ) -> dict[str, float]:
     model = _Model(shape, training, boundary=2 * len(shape.layers))
-    cost = model.prefix(_first_pass(counts, state, training))
+    run = dataclasses.replace(_first_pass(counts, state, training), looped=looped)
+    cost = model.prefix(run)
     return {OUTER_FORWARD: cost.forward, OUTER_BACKWARD: cost.backward + model.again(cost)}
 
 
@@ -275,18 +285,22 @@ class _Model:
     def _experts(self, ffn: FFN, run: _Pass, rows: float, in_grad: bool) -> _Cost:
         rows = rows * ffn.chosen
         hidden, width = self.shape.hidden, ffn.expert_width
+        if run.looped:
+            return self._gated(run, rows, width, in_grad, last=False)
         stacked = self._linear(run, rows, hidden, 2 * width, True, in_grad, experts=2)
         cost = stacked + self._linear(run, rows, width, hidden, True, True, experts=1)
         # The weighted sum over the k experts; in backward the gradient of the weights.
         weighted = 2 * rows * hidden
         return cost + _Cost(weighted, weighted, weighted)
 
-    def _gated(self, run: _Pass, rows: float, width: int, in_grad: bool) -> _Cost:
+    def _gated(
+        self, run: _Pass, rows: float, width: int, in_grad: bool, *, last: bool = True
+    ) -> _Cost:
         hidden = self.shape.hidden
         cost = _Cost()
         for _ in ("gate", "up"):
             cost += self._linear(run, rows, hidden, width, True, in_grad)
-        return cost + self._linear(run, rows, width, hidden, True, True, last=True)
+        return cost + self._linear(run, rows, width, hidden, True, True, last=last)
 
     def _linear(
         self,

@@ -28,6 +28,10 @@ from memdlm.cost.flops import Training
 from memdlm.experts import PROJECTIONS
 from memdlm.objective import MDLMObjective, MemDLMObjective, anchor_boundary
 
+# NF4 with double quantisation: half a byte; 8 bits of scale for 64 weights, 32 bits for 256 of
+# those scales.
+_FOUR_BIT_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+
 
 @dataclass(frozen=True)
 class StepMemory:
@@ -67,6 +71,7 @@ class Rehearsal:
 
     def __init__(self, config: Any, training: Training, dtype: torch.dtype) -> None:
         self._training = training
+        self._dtype = dtype
         self._mode = FakeTensorMode()
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PEFT asks for what is to be renamed
@@ -83,6 +88,17 @@ class Rehearsal:
         self._optimizer = 2 * sum(map(_bytes, trained))
         self._trained = trained
 
+    def saved_by_four_bit(self) -> float:
+        """Bytes that `load_in_4bit` saves at the peak: an estimate, nothing is rehearsed."""
+        sizes = [
+            parameter.numel()
+            for name, parameter in self._model.named_parameters()
+            if _is_quantised(name, parameter)
+        ]
+        # The largest is there dequantised too, while it is used.
+        stored = sum(sizes) * _FOUR_BIT_BYTES + max(sizes) * self._dtype.itemsize
+        return sum(sizes) * self._dtype.itemsize - stored
+
     def all_rows(self, batch: dict[str, Any]) -> StepMemory:
         """Plain MDLM as trainers run it: logits and loss at every position.
 
@@ -91,6 +107,7 @@ class Rehearsal:
         """
         with self._mode:
             backbone = Backbone(self._model)
+        held: list[Tensor] = []
 
         def loss(batch: dict[str, Any]) -> Tensor:
             # Through the split decoder: called the ordinary way, PEFT would add B A to the stacked
@@ -105,6 +122,8 @@ class Rehearsal:
             )
             logits = F.linear(hidden, *backbone.head()).unflatten(0, ids.shape)  # [B, L, V]
             nll = F.cross_entropy(logits.transpose(1, 2), ids, reduction="none")  # [B, L]
+            # A trainer's step holds the model's output until its end.
+            held.append(logits)
             return (nll * (everywhere["input_ids"] != ids)).sum()
 
         return self._measure(loss, batch, 0)
@@ -217,6 +236,12 @@ def _tensors_of(store: Any) -> list[Tensor]:
     """The fast weights' own storages, each once."""
     own = {t.untyped_storage()._cdata: t for t in vars(store).values() if isinstance(t, Tensor)}
     return list(own.values())
+
+
+def _is_quantised(name: str, parameter: nn.Parameter) -> bool:
+    """Whether it is a frozen matrix of a layer, but no router's."""
+    frozen = not parameter.requires_grad and parameter.dim() > 1
+    return frozen and ".layers." in name and not name.endswith(".gate.weight")
 
 
 def _bytes(tensor: Tensor) -> int:
