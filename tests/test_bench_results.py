@@ -4,10 +4,14 @@ import json
 import re
 
 import pytest
+import torch
 
 from bench import plot, ratios, results
+from bench import run as bench_run
+from bench.cases import StepCase, Suite
 from bench.pages import BEGIN, END, readme_block, summary
 from bench.table import prompt_kv_lines
+from bench.timing import write_rows
 
 README = plot.README.read_text(encoding="utf-8")
 FILES = sorted(results.ROOT.glob("*/*.jsonl"))
@@ -108,6 +112,18 @@ def step(variant, k, p50_ms, *, run="2026-01-01T00:00:00+00:00", case="a case", 
     }  # fmt: skip
 
 
+def op(variant, p50_ms, *, flops=10**7):
+    row = {
+        "bench": "op", "suite": "cpu", "run": FIRST, **MACHINE, "op": "lora_linear", "case": "one",
+        "dtype": "float32", "variant": variant, "flops": flops, "bytes": 10**6, "error": 0.1,
+        "wrong": p50_ms is None,
+    }  # fmt: skip
+    if p50_ms is None:
+        return row
+    times = {"times_ms": [p50_ms], "p20_ms": p50_ms, "p50_ms": p50_ms, "p80_ms": p50_ms}
+    return row | times | {"base_ms": 2.0, "peak_mib": 1.0}
+
+
 def one_run(memdlm_ms, run, commit="0" * 40):
     return [
         step("mdlm_all_rows", None, 200.0, run=run, commit=commit),
@@ -158,13 +174,9 @@ def test_a_row_that_lacks_a_key_is_refused_with_its_place(tmp_path):
 
 
 def test_what_is_wrong_or_did_not_run_needs_no_times():
-    op = {
-        "bench": "op", "suite": "cpu", "run": FIRST, **MACHINE, "op": "lora_linear", "case": "one",
-        "dtype": "float32", "variant": "Liger",
-    }  # fmt: skip
-    results.check_row(op | {"skipped": "not installed"})
-    checked = op | {"error": 1.0, "flops": 1, "bytes": 1}
-    results.check_row(checked | {"wrong": True})
+    checked = op("Liger", None)
+    results.check_row(checked)
+    results.check_row({key: checked[key] for key in checked.keys() - {"wrong"}} | {"skipped": "-"})
     with pytest.raises(ValueError, match="times_ms"):
         results.check_row(checked | {"wrong": False})
 
@@ -176,16 +188,73 @@ def test_a_folder_becomes_pictures_and_pages(tmp_path):
     longer = [row | {"case": "longer", "length": 128} for row in one_run(300.0, FIRST)]
     lines = [json.dumps(row) for row in more + longer]
     (folder / "step.jsonl").write_text("\n".join(lines) + "\n")
+    ops = [op("ours: cpu", 2.0), op("PEFT", 3.0), op("Liger", None), op("a bound", 1.0, flops=0)]
+    roof = {"bench": "roof", "suite": "cpu", "run": FIRST, **MACHINE, "dtype": "float32"}
+    ops.append(roof | {"gemm_gflops": 100.0, "copy_gb_s": 10.0})
+    (folder / "ops.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ops))
     plot.write(folder)
     assert {path.name for path in folder.glob("*.png")} == {
-        "cost_vs_k.png", "by_length.png", "parts.png",
+        "cost_vs_k.png", "by_length.png", "parts.png", "ops_roofline.png",
     }  # fmt: skip
     block = readme_block(tmp_path)
     assert "MemDLM with K = 2 takes 0.75 × the time: it is cheaper in 1 of 1 cases" in block
     assert "**No GPU has run these benchmarks yet**" in block
+    assert "| ours: cpu: 2.00 ms, 1.00 MiB | PEFT: 3.00 ms, 1.00 MiB, 1.50 ×<br>Liger: **w" in block
     assert "| longer |" in (folder / "summary.md").read_text()
 
 
 def test_prompt_kv_lines_hold_the_rows_figures():
     row = {"bench": "prompt_kv", "suite": None, "run": FIRST, **MACHINE, "k": 2, "cosine": 0.99}
     assert prompt_kv_lines([row])[-1] == "| 2 | 0.99 |"
+
+
+def small_suite(monkeypatch, failing):
+    """A suite of two cases of which one may fail, measured by a function that writes made rows."""
+    cases = [StepCase("tiny", 1, length, 0.5, "full") for length in (32, 64)]
+    small = Suite("cpu", "float32", cases[:1], [1, 2], cases[1:], repeats=1, op_rounds=1)
+    asked = {}
+
+    def measured(case, *, inner_steps, naive, suite, run, path, **others):
+        asked[case.length] = (list(inner_steps), naive)
+        if case.length in failing:
+            raise RuntimeError("out of memory")
+        made = one_run(150.0, run)
+        write_rows(path, [row | {"case": case.name, "suite": suite} for row in made])
+
+    monkeypatch.setattr(bench_run, "SUITES", {"cpu": small})
+    monkeypatch.setattr(bench_run, "measure", measured)
+    return asked
+
+
+def test_a_run_measures_costs_with_every_k_and_sweeps_without_the_naive(
+    tmp_path, monkeypatch, capsys
+):
+    asked = small_suite(monkeypatch, failing=())
+    folder = tmp_path / "results"
+    bench_run.main(["--suite", "cpu", "--without", "ops", "--out", str(folder)])
+    assert asked == {32: ([1, 2], True), 64: ([2], False)}
+    assert "no earlier run to compare with" in capsys.readouterr().out
+    assert (folder / "summary.md").exists()
+
+
+def test_a_case_that_fails_is_told_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    small_suite(monkeypatch, failing=(32,))
+    with pytest.raises(SystemExit, match="failed: tiny, 1 x 32"):
+        bench_run.main(["--suite", "cpu", "--without", "ops", "--out", str(tmp_path)])
+    assert "RuntimeError: out of memory" in capsys.readouterr().err
+    assert {row["case"] for row in results.read_rows(tmp_path)} == {
+        "tiny, 1 x 64, 50% prompt, full"
+    }
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_suite_for_a_gpu_is_refused_without_one(capsys):
+    with pytest.raises(SystemExit):
+        bench_run.main(["--suite", "gpu"])
+    assert "--suite must be one for a CPU (quick, cpu)" in capsys.readouterr().err
+
+
+def test_a_case_s_number_must_be_in_the_suite(capsys):
+    with pytest.raises(SystemExit):
+        bench_run.main(["--suite", "quick", "--cases", "9"])
+    assert "--cases must be in [1, 3], got 9" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from bench.results import Row
 
 # In the order in which they run: label and colour, a hue for each loop.
 _PARTS = {
-    "masks": ("collator", "#595959"),
+    "host_masks": ("collator (host)", "#595959"),
     "noisier_prefix": ("prefix, noisier states", "#0b4f7d"),
     "anchor_prefix": ("prefix, anchor", "#56B4E9"),
     "reset": ("reset", "#5c3a00"),
