@@ -3,6 +3,7 @@
 import gc
 
 import pytest
+import torch
 
 from bench.op_cases.suites import SUITE_NAMES
 
@@ -17,7 +18,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--run", help="UTC ISO time of the invocation that the rows belong to")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuse a GPU where there is none, before anything is built for it."""
+    device = _device(config)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError(f"--device must be cpu where torch finds no GPU, got {device}")
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where everything runs."""
+    return _device(request.config)
+
+
 def pytest_collection_finish() -> None:
     """What is imported by now stays: a collection in or before a timed run need not look at it."""
     gc.collect()
     gc.freeze()
+
+
+def _device(config: pytest.Config) -> torch.device:
+    default = "cuda" if config.getoption("--suite") == "gpu" else "cpu"
+    return torch.device(config.getoption("--device") or default)

@@ -44,16 +44,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="session")
-def device(request: pytest.FixtureRequest) -> torch.device:
-    """Where everything runs."""
-    suite, name = (request.config.getoption(option) for option in ("--suite", "--device"))
-    device = torch.device(name or ("cuda" if suite == "gpu" else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise pytest.UsageError(f"--device must be cpu where torch finds no GPU, got {device}")
-    return device
-
-
-@pytest.fixture(scope="session")
 def write(request: pytest.FixtureRequest, device: torch.device) -> Callable[[dict[str, Any]], None]:
     """Complete a row and append it to the file of rows, if there is one."""
     option = request.config.getoption

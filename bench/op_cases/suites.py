@@ -80,7 +80,6 @@ def _quick() -> list[Case]:
         fast_weights.sgd_case(1, (22_528,) * 24, _F32),
         fast_weights.sgd_case(1, (200_000,) * 200, _F32),
         fast_weights.reset_case(1, (22_528,) * 24, _F32),
-        fast_weights.reset_case(1, (200_000,) * 200, _F32),
     ]
 
 
@@ -106,6 +105,7 @@ def _cpu() -> list[Case]:
         ffn.experts_case(8_192, 64, 256, 128, _F32, ("x", "gate", *_INNER)),
         fast_weights.sgd_case(8, (22_528,) * 24, _F32),
         fast_weights.reset_case(8, (22_528,) * 24, _F32),
+        fast_weights.reset_case(1, (200_000,) * 20, _F32),
     ]
     narrow = [
         cross_entropy.linear_case(2_048, 205, 512, 32_000, _BF16),
@@ -123,7 +123,7 @@ def _cpu() -> list[Case]:
         ffn.dense_case(1_024, 384, 1_024, _BF16, _GATED_INNER),
         ffn.activation_case(1_024, 1_024, _BF16),
         fast_weights.sgd_case(1, (200_000,) * 200, _BF16, cast=True),
-        fast_weights.reset_case(1, (200_000,) * 200, _BF16, cast=True),
+        fast_weights.reset_case(1, (200_000,) * 20, _BF16, cast=True),
     ]
     return _quick() + more + narrow
 
