@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from bench import op_table, step_table
+from bench import prompt_kv_table as prompt_kv
 from bench.results import Row, newest, read_rows, suites
-from bench.table import prompt_kv_lines
 
 BEGIN = "<!-- bench: begin (python -m bench.plot) -->"
 END = "<!-- bench: end -->"
@@ -14,6 +14,7 @@ PICTURES = {
     "parts.png": "Where the time of a step goes",
     "ops_roofline.png": "Each op under the most that the machine does",
 }
+_SUITES = {"gpu": ("gpu",), "cpu": ("cpu", "quick")}
 _IN_README = ("cost_vs_k.png", "by_length.png", "ops_roofline.png")
 
 
@@ -34,9 +35,12 @@ def readme_block(root: Path) -> str:
     devices: dict[str, list[list[str]]] = {"gpu": [], "cpu": []}
     for folder in sorted(path for path in root.glob("*") if path.is_dir()):
         rows = read_rows(folder)
-        for suite, sections in devices.items():
-            if suite in suites(rows):
-                sections.append(_device(folder, rows, suite))
+        ran = suites(rows)
+        for device, sections in devices.items():
+            # The quick suite stands in where a CPU has not run the whole one.
+            own = [suite for suite in _SUITES[device] if suite in ran]
+            if own:
+                sections.append(_device(folder, rows, own[0]))
     said = []
     if not devices["gpu"]:
         said += ["**No GPU has run these benchmarks yet**: what they say holds for CPUs alone.", ""]
@@ -71,9 +75,9 @@ def summary(folder: Path) -> str:
         for name, message in PICTURES.items():
             if (folder / picture(suite, name)).exists():
                 lines += ["", f"![{message}]({picture(suite, name)})"]
-    prompt_kv = [row for row in rows if row["bench"] == "prompt_kv"]
-    if prompt_kv:
-        lines += ["", "## Reuse of the prompt's keys and values", "", *prompt_kv_lines(prompt_kv)]
+    reuse = prompt_kv.newest_rows(rows)
+    if reuse:
+        lines += ["", "## Reuse of the prompt's keys and values", "", *prompt_kv.lines(reuse)]
     return "\n".join(lines) + "\n"
 
 
@@ -95,7 +99,11 @@ def _device(folder: Path, rows: list[Row], suite: str) -> list[str]:
     lines += pictures.get("cost_vs_k.png", []) + pictures.get("by_length.png", [])
     if ops:
         lines += [*op_table.first_cases(ops), ""]
-    return lines + pictures.get("ops_roofline.png", [])
+    lines += pictures.get("ops_roofline.png", [])
+    reuse = prompt_kv.newest_rows(rows)
+    if reuse:
+        lines += [*prompt_kv.lines(reuse), ""]
+    return lines
 
 
 def _source(rows: list[Row], suite: str) -> list[str]:

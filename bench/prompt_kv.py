@@ -40,7 +40,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--train_steps", type=int, default=300, help="as many as the demo's")
     parser.add_argument("--batches", type=int, default=16, help="held-out batches of 8 x 256")
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds over four batches")
-    parser.add_argument("--suite", help="what the rows are marked with")
     parser.add_argument("--json", type=Path, help="append one JSON line per case to this file")
     options = parser.parse_args(arguments)
     run = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -51,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
         batches = list(held_out_batches(share, k, options.batches))
         row = {
             "bench": "prompt_kv",
-            "suite": options.suite,
+            "suite": None,
             "run": run,
             "model": "tiny",
             "train_steps": options.train_steps,

@@ -21,7 +21,27 @@ KEYS = {
     "step": _EVERY | _TIMES | _STEP,
     "op": _CHECKED_OP | _TIMES | {"base_ms"},
     "roof": _EVERY | {"dtype", "gemm_gflops", "copy_gb_s"},
-    "prompt_kv": _EVERY,
+    "prompt_kv": _EVERY
+    | {
+        "model",
+        "train_steps",
+        "batch_size",
+        "length",
+        "prompt_share",
+        "k",
+        "batches",
+        "exact_ms",
+        "p20_ms",
+        "p50_ms",
+        "p80_ms",
+        "fast_weight_cosine",
+        "fast_weight_cosine_min",
+        "loss_change",
+        "memory_loss_change",
+        "gradient_cosine",
+        "gradient_change",
+        "memory_gradient_change",
+    },
 }
 
 

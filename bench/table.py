@@ -1,8 +1,5 @@
 """How figures and tables look in Markdown."""
 
-from bench import results
-from bench.results import Row
-
 
 def table(head: list[str], body: list[list[str]]) -> list[str]:
     """Lines of a Markdown table.
@@ -34,16 +31,3 @@ def span(values: list[float]) -> str:
 def or_dash(value: float | None, form: str = "{}") -> str:
     """The value in a form, or a dash where there is none."""
     return "-" if value is None else form.format(value)
-
-
-def prompt_kv_lines(rows: list[Row]) -> list[str]:
-    """The figures of `python -m bench.prompt_kv` as a table.
-
-    Args:
-        rows: with `bench` "prompt_kv".
-
-    Returns:
-        Lines of Markdown: a row for each, a column for each key that is not about the machine.
-    """
-    keys = [key for key in rows[0] if key not in results.KEYS["prompt_kv"]]
-    return table(keys, [[str(row.get(key, "")) for key in keys] for row in rows])

@@ -124,7 +124,12 @@ def machine(device: torch.device) -> dict[str, Any]:
         "triton": triton_version,
         "python": platform.python_version(),
         "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain")),
+        # What a run itself writes does not count: it would spoil its own later rows.
+        "dirty": bool(
+            _git(
+                "status", "--porcelain", "--", ".", ":(exclude)bench/results", ":(exclude)README.md"
+            )
+        ),
     }
     if device.type == "cuda":
         facts["cuda"] = torch.version.cuda

@@ -6,12 +6,12 @@ import re
 import pytest
 import torch
 
-from bench import plot, ratios, results
+from bench import plot, prompt_kv_table, ratios, results
 from bench import run as bench_run
 from bench.cases import StepCase, Suite
 from bench.pages import BEGIN, END, readme_block, summary
-from bench.table import prompt_kv_lines
 from bench.timing import write_rows
+from memdlm.config import MemoryConfig
 
 README = plot.README.read_text(encoding="utf-8")
 FILES = sorted(results.ROOT.glob("*/*.jsonl"))
@@ -203,9 +203,36 @@ def test_a_folder_becomes_pictures_and_pages(tmp_path):
     assert "| longer |" in (folder / "summary.md").read_text()
 
 
-def test_prompt_kv_lines_hold_the_rows_figures():
-    row = {"bench": "prompt_kv", "suite": None, "run": FIRST, **MACHINE, "k": 2, "cosine": 0.99}
-    assert prompt_kv_lines([row])[-1] == "| 2 | 0.99 |"
+def prompt_kv_row(share, k, **other):
+    figures = {key: 0.5 for key in results.KEYS["prompt_kv"] if key.endswith(("_ms", "_change"))}
+    return {
+        "bench": "prompt_kv", "suite": None, "run": FIRST, **MACHINE, "model": "tiny", "k": k,
+        "train_steps": 3, "batch_size": 8, "length": 256, "prompt_share": share, "batches": 2,
+        "fast_weight_cosine": 0.987654, "fast_weight_cosine_min": 0.9, "gradient_cosine": 0.7,
+        **figures, **other,
+    }  # fmt: skip
+
+
+def test_the_newest_figures_of_prompt_kv_are_shown():
+    stale = prompt_kv_row(0.5, 2, run="2025-01-01T00:00:00+00:00")
+    rows = [stale, prompt_kv_row(0.5, 2, exact_ms=1.0), prompt_kv_row(0.9, 4)]
+    for row in rows:
+        results.check_row(row)
+    kept = prompt_kv_table.newest_rows(rows)
+    assert kept == rows[1:]
+    lines = prompt_kv_table.lines(kept)
+    assert len(lines) == 6
+    assert lines[-2].startswith("| 50% | 2 | 0.987654, 0.900000 |")
+    assert lines[-2].endswith("| 0.50 |")
+    said = prompt_kv_table.sentence(kept)
+    assert "prompts of 50 % of 256 tokens" in said
+    assert "0.987654;" in said
+
+
+def test_the_option_s_docstring_has_the_figures_of_the_committed_rows():
+    (folder,) = {file.parent for file in FILES if file.name == "prompt_kv.jsonl"}
+    rows = prompt_kv_table.newest_rows(results.read_rows(folder))
+    assert prompt_kv_table.sentence(rows) in " ".join((MemoryConfig.__doc__ or "").split())
 
 
 def small_suite(monkeypatch, failing):
