@@ -151,7 +151,7 @@ def test_the_products_of_all_rows(case):
 
 @pytest.mark.parametrize("case", slow_but("tiny"), ids=str)
 def test_the_memory_of_the_small_cases(case):
-    steps = make_steps(case, [1, 2, 4], 1, CPU, torch.float32, naive=False)
+    steps = make_steps(case, [2], 1, CPU, torch.float32, naive=False)
     own = rehearsal(case)
     for variant, step in steps.items():
         step(0)  # AdamW's state is made in the first step
@@ -219,7 +219,7 @@ def test_the_first_inner_step_is_cheaper_than_the_others():
 
 
 def test_the_table_of_the_design():
-    """TFLOP of LLaDA-MoE-7B-A1B, B 2, L 4096, 90 % prompt, LoRA; that table had its own counts."""
+    """TFLOP of LLaDA-MoE-7B-A1B, B 2, L 4096, 90 % prompt, LoRA, within 2 %."""
     shape = DecoderShape.of(PUBLISHED["LLaDA-MoE-7B-A1B"]())
     maskable = 4096 - int(0.9 * 4096)
     counts = expected_counts(2, 4096, maskable, 2)

@@ -153,7 +153,9 @@ def _four_bit(
 ) -> Lever:
     flops, memory = costs[base].total_flops, costs[base].memory
     saved = estimator.rehearsal(options).saved_by_four_bit()
-    price = "weights are rounded; experts get no outer LoRA"
+    price = "weights are rounded"
+    if options.outer == "lora" and estimator.is_sparse:
+        price += "; experts get no LoRA"
     ratio = flops / costs[ALL_ROWS].total_flops
     return Lever("load_in_4bit true", price, 1.0, ratio, memory.total - saved)
 
@@ -164,6 +166,7 @@ class _Estimator:
     def __init__(self, config: Any) -> None:
         self._config = config
         self._shape = DecoderShape.of(config)
+        self.is_sparse = any(ffn.experts for ffn in self._shape.layers)
         self._rehearsals: dict[Any, Rehearsal] = {}
 
     def cost(self, variant: str, options: PlanOptions, strategy: str = "anchor_consistent") -> Cost:
