@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdpa_flop_count
+from torch.utils.flop_counter import register_flop_formula, sdpa_flop_count
 
 import memdlm_kernels.flops  # noqa: F401 - registers the formulas
 from bench.breakdown import profile_steps
 from bench.cases import MODELS, SMALL, StepCase
-from bench.host_reads import HostReads
+from bench.operator_counts import OperatorCounts
 from bench.timing import interleaved_ms, machine, peak_mib, percentiles, rss_mib, write_rows
 from bench.variants import Step, check_losses, collation_ms, make_steps, memory_of
 
@@ -136,7 +136,7 @@ def measure(
     steps = make_steps(
         case, inner_steps, batches, device, dtype, naive=naive, naive_steps=naive_steps
     )
-    steps = check_losses(steps)
+    steps = check_losses(steps, device)
     rounds = {name: _round(step, batches) for name, step in steps.items()}
     times_ms = interleaved_ms(rounds, repeats, device)
     facts = {
@@ -163,7 +163,7 @@ def measure(
             memory = memory_of(variant, int(k)) if k else None
             parts_ms = {"host_masks": round(collation_ms(case, memory), 3), **parts_ms}
         own_ms = [time_ms / batches for time_ms in times_ms[name]]
-        with FlopCounterMode(display=False) as counter, HostReads(device) as reads:
+        with OperatorCounts(device) as counts:
             take_round()
         row = {
             **facts,
@@ -173,11 +173,11 @@ def measure(
             **percentiles(own_ms),
             "peak_mib": round(peak_mib(take_round, device), 1),
             "rss_mib": round(rss_mib(take_round), 1) if device.type == "cpu" else None,
-            "flops": counter.get_total_flops() // batches,
+            "flops": counts.flops // batches,
             "parts_ms": parts_ms,
             "calls": breakdown.calls,
             "launches": breakdown.launches,
-            "host_reads": round(reads.count / batches),
+            "host_reads": round(counts.host_reads / batches),
         }
         # At once: what was measured stays, should a later variant fail.
         write_rows(path, [row])

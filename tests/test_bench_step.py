@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import compare, step, variants
 from bench.breakdown import Event, analyse, profile_steps
 from bench.cases import StepCase
-from bench.host_reads import HostReads
+from bench.operator_counts import OperatorCounts
 from bench.results import check_row
 from bench.timing import peak_mib, rss_mib
 from memdlm.config import DiffusionConfig
@@ -100,9 +100,10 @@ def test_checkpointing_is_counted_and_excludes_the_plain_method():
     for case in (CASE, checkpointed):
         steps = variants.make_steps(case, [2], 1, CPU, torch.float32, naive=False)
         for name, taken in steps.items():
-            with FlopCounterMode(display=False) as counter:
+            with FlopCounterMode(display=False) as counter, OperatorCounts(CPU) as counts:
                 taken(0)
-            flops[case, name] = counter.get_total_flops()
+            flops[case, name] = counts.flops
+            assert counts.flops == counter.get_total_flops()
     for name in steps:
         assert flops[checkpointed, name] > 1.1 * flops[CASE, name]
     with pytest.raises(ValueError, match="naive must be False with gradient_checkpointing"):
@@ -121,7 +122,7 @@ def test_half_of_the_maskable_tokens_are_masked(batch_size, count):
 def test_losses_that_differ_are_refused():
     steps = {"mdlm_all_rows": lambda _: torch.tensor(1.0), "mdlm": lambda _: torch.tensor(1.1)}
     with pytest.raises(ValueError, match="must compute the same loss"):
-        variants.check_losses(steps)
+        variants.check_losses(steps, CPU)
 
 
 def test_what_does_not_fit_is_left_out(capsys):
@@ -129,10 +130,10 @@ def test_what_does_not_fit_is_left_out(capsys):
         raise torch.OutOfMemoryError("no 80 GB")
 
     steps = {"mdlm_all_rows": too_large, "mdlm": lambda _: torch.tensor(1.0)}
-    assert list(variants.check_losses(steps)) == ["mdlm"]
+    assert list(variants.check_losses(steps, CPU)) == ["mdlm"]
     assert "mdlm_all_rows is left out: no 80 GB" in capsys.readouterr().err
     with pytest.raises(ValueError, match="mdlm must fit"):
-        variants.check_losses({"mdlm": too_large})
+        variants.check_losses({"mdlm": too_large}, CPU)
 
 
 def mebibytes(count):
@@ -163,10 +164,10 @@ def test_the_peak_sees_what_compiled_ops_allocate():
 
 def test_reads_are_counted_where_they_are():
     x = torch.arange(6.0)
-    with HostReads(CPU) as reads:
+    with OperatorCounts(CPU) as counts:
         _ = x + 1
         x[:2].sum()
-    assert reads.count == 0
+    assert counts.host_reads == 0
     for read in (
         lambda: x[0].item(),
         lambda: bool(x.any()),
@@ -175,9 +176,9 @@ def test_reads_are_counted_where_they_are():
         lambda: torch.equal(x, x),
         lambda: torch.where(x > 2),
     ):
-        with HostReads(CPU) as reads:
+        with OperatorCounts(CPU) as counts:
             read()
-        assert reads.count == 1
+        assert counts.host_reads == 1
 
 
 STEPS = Event("bench.steps", 0, 1_000_000)

@@ -1,4 +1,4 @@
-"""How often a step makes the host wait for a value of the device."""
+"""What the operators of a step add up to: FLOPs, and values that the host waits for."""
 
 import sys
 from typing import Any
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 # Their results, or the shapes of these, are needed on the host.
 _READS = {
@@ -26,30 +27,39 @@ _COPIES = {"aten::_to_copy", "aten::copy_"}
 _READ_ON_A_CPU_ONLY = ("memdlm_kernels.", "torch.optim.")
 
 
-class HostReads(TorchDispatchMode):
-    """Inside this context, counts where the host reads a value, or a shape that depends on values.
+class OperatorCounts(TorchDispatchMode):
+    """Inside this context, counts FLOPs and where the host reads off the device.
 
-    The same operators count on a CPU, where they cost little, so that a run there shows what would
-    wait on a GPU. What an operator reads inside its own kernel is not seen.
+    Counts the FLOPs that `torch.utils.flop_counter.FlopCounterMode` does, by the same formulas; but
+    that one looks for a decomposition of every operator, a minute for a loop over experts.
+
+    The same reads count on a CPU, where they cost little, so that a run there shows what would wait
+    on a GPU. What an operator reads inside its own kernel is not seen.
 
     Args:
         device: the one whose values count.
 
     Attributes:
-        count: reads so far.
+        flops: of the operators so far.
+        host_reads: how often the host read a value so far, or a shape that depends on values.
     """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
-        self.count = 0
+        self.flops = 0
+        self.host_reads = 0
         self._device = device.type
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **kwargs, out_val=out)
         if self._reads(func._schema.name, args, out):
-            self.count += 1
+            self.host_reads += 1
         return out
 
     def _reads(self, name: str, args: tuple[Any, ...], out: Any) -> bool:
