@@ -8,6 +8,7 @@ every row, but nothing else does.
 
 import contextlib
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -301,6 +302,23 @@ class Backbone:
             start, self.boundary, self.half_count, context, memory, recompute
         )  # [B, W, D]
         return self.decoder.norm(hidden.flatten(0, 1)[valid])
+
+    @contextlib.contextmanager
+    def constant_suffix(self) -> Iterator[None]:
+        """In here the suffix's own parameters need no gradient: only what a memory reads may.
+
+        Otherwise ops with a backward of their own would make gradients that nobody takes, and
+        layers would keep what those need.
+        """
+        modules = [*self.layers[self.boundary // 2 :], self.decoder.norm]
+        trained = [p for module in modules for p in module.parameters() if p.requires_grad]
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
 
     def _activation_width(self) -> int:
         config = self.config

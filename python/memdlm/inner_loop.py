@@ -135,7 +135,7 @@ def adapt(
     losses, norms, skips = [], [], []
     for _ in range(config.inner_epochs):
         for state, boundary in zip(states, boundaries, strict=True):
-            with torch.enable_grad():
+            with torch.enable_grad(), backbone.constant_suffix():
                 with record_function("memdlm.inner_suffix"):
                     rows = backbone.suffix(
                         boundary.activations.detach(),

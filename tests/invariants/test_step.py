@@ -7,6 +7,7 @@ import torch
 
 from memdlm.config import DiffusionConfig, MemoryConfig
 from memdlm.objective import MDLMObjective, MemDLMObjective
+from tests.families import make_family_model
 from tests.tiny import gradients, make_batch, make_features, make_model, run
 
 DIFFUSION = DiffusionConfig()
@@ -212,3 +213,31 @@ def test_two_forward_passes_before_one_backward_are_an_error(scope, recompute):
     losses = [objective(make_batch(DIFFUSION, memory)).loss for _ in range(2)]
     with pytest.raises(RuntimeError, match=r"modified by an inplace|written again"):
         sum(losses).backward()
+
+
+@pytest.mark.parametrize("family", ["llada", "llada_moe"])
+def test_an_inner_step_makes_no_gradient_of_the_model(family, monkeypatch):
+    """Ops with a backward of their own would make those that they see trained."""
+    model = make_family_model(family)
+    memory = MemoryConfig(layer_fraction=0.5, rank=4)
+    objective = MemDLMObjective(model, DiffusionConfig(), memory)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    suffix, seen = objective.backbone.suffix, []
+
+    def watched(*args, **options):
+        weights = model.get_decoder().layers[-1].parameters()
+        seen.append(any(weight.requires_grad for weight in weights))
+        return suffix(*args, **options)
+
+    monkeypatch.setattr(objective.backbone, "suffix", watched)
+    objective(make_batch(DiffusionConfig(), memory)).loss.backward()
+    assert seen == [False, False, True]
+    assert all(parameter.requires_grad for parameter in trained)
+
+    def failing(*args, **options):
+        raise RuntimeError("in the middle of a step")
+
+    monkeypatch.setattr(objective.backbone, "suffix", failing)
+    with pytest.raises(RuntimeError, match="middle"):
+        objective(make_batch(DiffusionConfig(), memory))
+    assert all(parameter.requires_grad for parameter in trained)

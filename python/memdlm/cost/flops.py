@@ -332,18 +332,15 @@ class _Model:
         adapted = self.training.outer in (("lora",) if is_ffn else ("lora", "lora_attention"))
         product = 2 * rows * inputs * outputs
         recomputed = product if adapted or fast is not _Fast.NONE or not last else 0
-        # An inner step asks for no gradient of experts, but the grouped product makes it.
-        unasked = bool(experts) and in_grad and self.training.outer == "full"
-        cost = _Cost(product, product * (in_grad + (run.weights or unasked)), recomputed)
+        cost = _Cost(product, product * (in_grad + run.weights), recomputed)
         if adapted:
             rank = self.training.lora_rank
             if experts == 2:
                 rank *= self.shape.gate_up_lora_ranks
-            update = _low_rank(rows, rank * inputs, rank * outputs, in_grad, _Fast.TRAINED)
-            # Experts add their fast weights last: an inner step needs nothing before its first.
-            inner = fast in (_Fast.BLANK, _Fast.TRAINED)
-            unreached = experts and inner and not in_grad
-            cost += _Cost(update.forward, 0, update.recomputed) if unreached else update
+            # To an inner step the outer LoRA is a constant.
+            inner = run.fast in (_Fast.BLANK, _Fast.TRAINED)
+            own = _Fast.CONSTANT if inner else _Fast.TRAINED
+            cost += _low_rank(rows, rank * inputs, rank * outputs, in_grad, own)
         # Of each projection of a stack there is an A of its own, and B has its own rows.
         A, B = (self.training.rank * size for size in (max(experts, 1) * inputs, outputs))
         return cost + _low_rank(rows, A, B, in_grad, fast)
