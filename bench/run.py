@@ -122,7 +122,7 @@ def _run_steps(
                 case,
                 inner_steps=suite.inner_steps if is_cost else [2],
                 naive=is_cost and not case.gradient_checkpointing,
-                naive_steps=[2],
+                extra_steps=[2],
                 repeats=suite.repeats,
                 device=device,
                 dtype=DTYPES[suite.dtype],

@@ -107,7 +107,7 @@ def measure(
     dtype: torch.dtype,
     batches: int | None = None,
     naive: bool = True,
-    naive_steps: Sequence[int] | None = None,
+    extra_steps: Sequence[int] | None = None,
     suite: str | None = None,
     run: str | None = None,
     path: str | Path | None = None,
@@ -121,7 +121,7 @@ def measure(
         device, dtype: of the model.
         batches: batches of one round, over which its time is averaged; None for `default_batches`.
         naive: whether `memdlm_naive` is measured too.
-        naive_steps: with which of `inner_steps`; None for all.
+        extra_steps: with which of `inner_steps` that and `memdlm_prompt_kv`; None for all.
         suite: the suite's name for the rows, None by hand.
         run: when the invocation began, UTC, ISO seconds; None for now.
         path: a file that gets each row as a JSON line as soon as it is there.
@@ -134,7 +134,7 @@ def measure(
     """
     batches = batches or default_batches(case)
     steps = make_steps(
-        case, inner_steps, batches, device, dtype, naive=naive, naive_steps=naive_steps
+        case, inner_steps, batches, device, dtype, naive=naive, extra_steps=extra_steps
     )
     steps = check_losses(steps, device)
     rounds = {name: _round(step, batches) for name, step in steps.items()}

@@ -49,8 +49,8 @@ def make_steps(
     dtype: torch.dtype,
     *,
     naive: bool = True,
-    naive_steps: Sequence[int] | None = None,
     prompt_kv: bool = True,
+    extra_steps: Sequence[int] | None = None,
 ) -> dict[str, Step]:
     """A training step of each variant, as a function of the batch's number.
 
@@ -60,8 +60,9 @@ def make_steps(
         batches: how many batches there are.
         device, dtype: of the model.
         naive: whether `memdlm_naive` is among the variants.
-        naive_steps: those of `inner_steps` that it is made for, None for all.
-        prompt_kv: whether `memdlm_prompt_kv` is, for every K above 1.
+        prompt_kv: whether `memdlm_prompt_kv` is; with K = 1 it never is: there is no noisier state,
+            whose prefix could be reused.
+        extra_steps: those of `inner_steps` that these two are made for, None for all.
 
     Returns:
         Variant (with " K=..." where it has one) to a step that returns its loss.
@@ -91,13 +92,14 @@ def make_steps(
     objective = MDLMObjective(model, diffusion)
     steps["mdlm"] = optimised(lambda n: _ours(objective, plain[n]))
     for k in inner_steps:
-        if naive and (naive_steps is None or k in naive_steps):
+        extra = extra_steps is None or k in extra_steps
+        if naive and extra:
             memory = memory_of("memdlm_naive", k)
             own = make_batches(case, diffusion, memory, batches, device)
             plainly = _naive_step(looped, case, diffusion, memory, own)
             steps[f"memdlm_naive K={k}"] = optimised_published(plainly)
-        # With K = 1 there is no noisier state, whose prefix could be reused.
-        for variant in ("memdlm", "memdlm_prompt_kv") if prompt_kv and k > 1 else ("memdlm",):
+        reuses = prompt_kv and extra and k > 1
+        for variant in ("memdlm", "memdlm_prompt_kv") if reuses else ("memdlm",):
             memory = memory_of(variant, k)
             own = make_batches(case, diffusion, memory, batches, device)
             ours = MemDLMObjective(model, diffusion, memory)

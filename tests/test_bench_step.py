@@ -33,7 +33,7 @@ def measured(tmp_path_factory):
         device=CPU,
         dtype=torch.float32,
         batches=1,
-        naive_steps=[2],
+        extra_steps=[2],
         suite="quick",
         run="2026-01-01T00:00:00+00:00",
         path=path,
