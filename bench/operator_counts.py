@@ -33,8 +33,9 @@ class OperatorCounts(TorchDispatchMode):
     Counts the FLOPs that `torch.utils.flop_counter.FlopCounterMode` does, by the same formulas; but
     that one looks for a decomposition of every operator, a minute for a loop over experts.
 
-    The same reads count on a CPU, where they cost little, so that a run there shows what would wait
-    on a GPU. What an operator reads inside its own kernel is not seen.
+    The same reads count on a CPU, where they cost little, so that a run there shows about what
+    would wait on a GPU: some of torch's own checks (`F.one_hot`) read on a CPU alone, and what an
+    operator reads inside its own kernel is not seen.
 
     Args:
         device: the one whose values count.

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from bench import op_table, step_table
 from bench import prompt_kv_table as prompt_kv
+from bench.ratios import against_previous
 from bench.results import Row, newest, read_rows, suites
 
 BEGIN = "<!-- bench: begin (python -m bench.plot) -->"
@@ -94,7 +95,8 @@ def _device(folder: Path, rows: list[Row], suite: str) -> list[str]:
     lines = [f"### {device}", "", *_source(rows, suite)]
     lines += [f"- Every case: [summary.md]({place}/summary.md); its rows: `{place}/*.jsonl`.", ""]
     if steps:
-        lines += [*step_table.findings(steps), "", *step_table.costs(steps), ""]
+        lines += [*step_table.findings(steps), *_movement(rows, steps), ""]
+        lines += [*step_table.costs(steps), ""]
         lines += [*step_table.host_reads(steps), ""]
     lines += pictures.get("cost_vs_k.png", []) + pictures.get("by_length.png", [])
     if ops:
@@ -104,6 +106,12 @@ def _device(folder: Path, rows: list[Row], suite: str) -> list[str]:
     if reuse:
         lines += [*prompt_kv.lines(reuse), ""]
     return lines
+
+
+def _movement(rows: list[Row], steps: list[Row]) -> list[str]:
+    """How far ratios are from those of the run before, if there was one."""
+    moved = against_previous(rows, max(row["run"] for row in steps))
+    return [] if moved is None else [f"- How repeatable that is: {moved}."]
 
 
 def _source(rows: list[Row], suite: str) -> list[str]:

@@ -32,7 +32,13 @@ def lines(rows: list[Row]) -> list[str]:
         "out altogether changes."
     )
     head = ["prompt", "K", "cosine of what the inner loop wrote, mean and least"]
-    head += ["outer loss", "without memory", "outer gradient", "without memory", "step time"]
+    head += [
+        "outer loss",
+        "without memory",
+        "outer gradient",
+        "without memory",
+        "forward and backward, time over exact",
+    ]
     body = [
         [
             f"{row['prompt_share']:.0%}",
@@ -76,6 +82,6 @@ def sentence(rows: list[Row]) -> str:
         f"and prompts of {shares} % of {first['length']} tokens: cosine to the exact fast weights' "
         f"change {each('{:.6f}', 'fast_weight_cosine')}; relative change of the outer loss "
         f"{each('{:.1e}', 'loss_change')} and of the outer gradient "
-        f"{each('{:.1e}', 'gradient_change')}; step time {times} of the exact on a CPU "
-        "(`python -m bench.prompt_kv`)."
+        f"{each('{:.1e}', 'gradient_change')}; time of forward and backward {times} of the exact "
+        "on a CPU (`python -m bench.prompt_kv`)."
     )

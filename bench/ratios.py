@@ -48,6 +48,12 @@ def over(case: Case, base: str, key: str = "p50_ms") -> float:
     return case["memdlm", SHOWN_K][key] / case[base, None][key]
 
 
+def by_round(row: Row, standard: Row) -> list[float]:
+    """Times over those of a standard, round by round: both took part in each."""
+    pairs = zip(row["times_ms"], standard["times_ms"], strict=True)
+    return [own / other for own, other in pairs]
+
+
 def by_op(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
     """Op rows that ran, by op and by case with its dtype; what was wrong has no times."""
     ops: dict[tuple[str, str], list[Row]] = {}

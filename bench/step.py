@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import register_flop_formula, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 import memdlm_kernels.flops  # noqa: F401 - registers the formulas
 from bench.breakdown import profile_steps
@@ -24,18 +24,32 @@ from bench.variants import Step, check_losses, collation_ms, make_steps, memory_
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-# The counter knows the GPU's attention kernels only.
-@register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
-def _cpu_attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    return sdpa_flop_count(query, key, value)
+def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    batch_size, heads, rows, width = query
+    return 2 * batch_size * heads * rows * key[2] * (width + value[3])
 
 
-@register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward)
-def _cpu_attention_backward_flops(
+def _attention_backward_flops(
     grad: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any
 ) -> int:
     # Five matrix products where the forward has two: the scores again, and four gradients.
-    return sdpa_flop_count(query, key, value) * 5 // 2
+    return _attention_flops(query, key, value) * 5 // 2
+
+
+# The counter does not know the CPU's attention, and before torch 2.12 it refuses keys that several
+# query heads share.
+for _kernel in (
+    "flash_attention",
+    "efficient_attention",
+    "cudnn_attention",
+    "flash_attention_for_cpu",
+):
+    for _direction, _formula in (("", _attention_flops), ("_backward", _attention_backward_flops)):
+        _name = f"_scaled_dot_product_{_kernel}{_direction}"
+        if hasattr(torch.ops.aten, _name):
+            flop_registry.pop(getattr(torch.ops.aten, _name), None)
+            _register: Any = register_flop_formula(getattr(torch.ops.aten, _name))
+            _register(_formula)
 
 
 @register_flop_formula(torch.ops.aten._grouped_mm)
@@ -171,7 +185,7 @@ def measure(
             "k": int(k) if k else None,
             "times_ms": [round(time_ms, 3) for time_ms in own_ms],
             **percentiles(own_ms),
-            "peak_mib": round(peak_mib(take_round, device), 1),
+            "peak_mib": round(peak_mib(take_round, device) + steps[name].held_bytes / 2**20, 1),
             "rss_mib": round(rss_mib(take_round), 1) if device.type == "cpu" else None,
             "flops": counts.flops // batches,
             "parts_ms": parts_ms,

@@ -35,12 +35,16 @@ def interleaved_ms(
     for run in tqdm(variants.values(), desc="warm-up", leave=False):
         run()
     times: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in tqdm(range(repeats), desc="rounds", leave=False):
-        for name, run in variants.items():
-            _wait(device)
+    names = list(variants)
+    for number in tqdm(range(repeats), desc="rounds", leave=False):
+        # Another one begins each time: what runs before has its effect on caches and the allocator.
+        first = number % len(names)
+        for name in (*names[first:], *names[:first]):
+            run = variants[name]
+            wait(device)
             start = time.perf_counter()
             run()
-            _wait(device)
+            wait(device)
             times[name].append(1e3 * (time.perf_counter() - start))
     return times
 
@@ -61,11 +65,11 @@ def peak_mib(run: Callable[[], object], device: torch.device) -> float:
     """
     gc.collect()
     if device.type == "cuda":
-        _wait(device)
+        wait(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         run()
-        _wait(device)
+        wait(device)
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     events = profiled(run, device, memory=True)
     changes = [event for event in events if event.name() == MEMORY_EVENT_NAME]
@@ -90,7 +94,7 @@ def profiled(run: Callable[[], object], device: torch.device, *, memory: bool = 
     use_device = "cuda" if device.type == "cuda" else None
     with torch.autograd.profiler.profile(use_device=use_device, profile_memory=memory) as profiler:
         run()
-        _wait(device)
+        wait(device)
     results: Any = profiler.kineto_results
     return results.events()
 
@@ -117,19 +121,20 @@ def machine(device: torch.device) -> dict[str, Any]:
         triton_version = triton.__version__
     except ImportError:
         triton_version = None
+    # What a run itself writes does not count: it would spoil its own later rows.
+    written = (":(exclude)bench/results", ":(exclude)README.md")
+    changes = _git("status", "--porcelain", "--", ".", *written)
+    if changes is None and "COMMIT" in os.environ:
+        changes = ""
     facts: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "triton": triton_version,
         "python": platform.python_version(),
-        "commit": _git("rev-parse", "HEAD"),
-        # What a run itself writes does not count: it would spoil its own later rows.
-        "dirty": bool(
-            _git(
-                "status", "--porcelain", "--", ".", ":(exclude)bench/results", ":(exclude)README.md"
-            )
-        ),
+        # A copy of the tree without its history is told where it is from.
+        "commit": _git("rev-parse", "HEAD") or os.environ.get("COMMIT"),
+        "dirty": None if changes is None else bool(changes),
     }
     if device.type == "cuda":
         facts["cuda"] = torch.version.cuda
@@ -148,7 +153,8 @@ def write_rows(path: str | Path | None, rows: list[dict[str, Any]]) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -80,6 +80,10 @@ def test_other_numbers_are_not_taken_for_measured_ones(text):
     assert not _MEASURED.search(text)
 
 
+def test_there_are_committed_rows():
+    assert {file.name for file in FILES} >= {"step.jsonl", "ops.jsonl", "prompt_kv.jsonl"}
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.name}")
 def test_committed_rows_are_whole_and_from_a_commit(file):
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
@@ -230,8 +234,7 @@ def test_the_newest_figures_of_prompt_kv_are_shown():
 
 
 def test_the_option_s_docstring_has_the_figures_of_the_committed_rows():
-    (folder,) = {file.parent for file in FILES if file.name == "prompt_kv.jsonl"}
-    rows = prompt_kv_table.newest_rows(results.read_rows(folder))
+    rows = prompt_kv_table.newest_rows(results.read_rows(results.ROOT / "cpu-2-cores"))
     assert prompt_kv_table.sentence(rows) in " ".join((MemoryConfig.__doc__ or "").split())
 
 

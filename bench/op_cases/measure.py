@@ -135,9 +135,8 @@ def measure(problem: Problem, variant: Variant, rounds: int, timer: Timer) -> di
         if row["wrong"]:
             return row
     del results
-    start = time.perf_counter()
     row["peak_mib"] = round(peak_mib(run, device), 3)
-    seconds = time.perf_counter() - start
+    seconds = _seconds(run, device)
     least = _LEAST_ROUNDS if seconds < _SECONDS else 1
     rounds = min(rounds, max(least, int(_SECONDS / (seconds + problem.base_seconds))))
     base_ms: list[float] = []

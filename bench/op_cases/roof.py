@@ -8,6 +8,7 @@ import torch
 from tqdm import tqdm
 
 from bench.op_cases.case import text
+from bench.timing import wait
 
 # Rows and columns of the product: the larger ones are the better for a GPU, not for every CPU.
 _SIZES = {"cpu": (1_024, 2_048), "cuda": (4_096, 8_192)}
@@ -46,14 +47,9 @@ def roof(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
 def _best_seconds(run: Callable[[], object], device: torch.device) -> float:
     times = []
     for _ in range(1 + _ROUNDS):
-        _wait(device)
+        wait(device)
         start = time.perf_counter()
         run()
-        _wait(device)
+        wait(device)
         times.append(time.perf_counter() - start)
     return min(times[1:])
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -6,9 +6,10 @@ import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
 
 from bench.pictures.style import GREY, WIDTH, finish, look
-from bench.ratios import SHOWN_K, Case, cost_cases, inner_steps, over
+from bench.ratios import SHOWN_K, Case, by_round, cost_cases, inner_steps, over
 from bench.results import Row
 from bench.table import span
+from bench.timing import percentiles
 
 _STANDARDS = {
     "mdlm_all_rows": "over what trainers run today:\nMDLM, logits and loss at all rows",
@@ -30,7 +31,7 @@ def cost_vs_k(rows: list[Row]) -> Any:
         axes.set(title=f"Step time of MemDLM {meaning}", xlabel="inner steps K")
         axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
         axes.set_xticks(sorted({k for case in cases.values() for k in inner_steps(case)}))
-    panels[0].set_ylabel("ratio of medians; bars: p20 to p80")
+    panels[0].set_ylabel("ratio of medians; bars: p20 to p80 of the rounds' ratios")
     handles: list[Any] = [
         Line2D([], [], label=name, **look(number)) for number, name in enumerate(cases)
     ]
@@ -44,13 +45,13 @@ def cost_vs_k(rows: list[Row]) -> Any:
 def _draw_ratios(axes: Any, case: Case, base: str, look: dict[str, str], shift: float) -> None:
     standard = case[base, None]
     own = [case["memdlm", k] for k in inner_steps(case)]
+    spread = [percentiles(by_round(row, standard)) for row in own]
     # Side by side, or the error bars of one case hide another's.
     places = [k + shift for k in inner_steps(case)]
-    low, middle, high = (
-        [row[key] / standard["p50_ms"] for row in own] for key in ("p20_ms", "p50_ms", "p80_ms")
-    )
-    below = [b - a for a, b in zip(low, middle, strict=True)]
-    above = [b - a for a, b in zip(middle, high, strict=True)]
+    middle = [row["p50_ms"] / standard["p50_ms"] for row in own]
+    # The median of ratios may lie a little outside of this.
+    below = [max(0, at - each["p20_ms"]) for at, each in zip(middle, spread, strict=True)]
+    above = [max(0, each["p80_ms"] - at) for at, each in zip(middle, spread, strict=True)]
     axes.errorbar(places, middle, (below, above), capsize=3, **look)
     flops = [row["flops"] / standard["flops"] for row in own]
     axes.plot(places, flops, color=look["color"], linestyle="--", linewidth=1.2)

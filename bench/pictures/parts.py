@@ -11,7 +11,6 @@ from bench.results import Row
 
 # In the order in which they run: label and colour, a hue for each loop.
 _PARTS = {
-    "host_masks": ("collator (host)", "#595959"),
     "noisier_prefix": ("prefix, noisier states", "#0b4f7d"),
     "anchor_prefix": ("prefix, anchor", "#56B4E9"),
     "reset": ("reset", "#5c3a00"),
@@ -40,12 +39,12 @@ def parts(rows: list[Row]) -> Any:
     ticks: dict[float, str] = {}
     used = set()
     for number, (name, case) in enumerate(cases.items()):
-        whole_ms = sum(case["mdlm", None]["parts_ms"].values())
+        whole_ms = sum(_of_the_step(case["mdlm", None]).values())
         axes.text(0, 3 * number - 0.8, name, fontsize=10, fontweight="bold", va="center")
         for line, (variant, label) in enumerate(_BARS.items()):
             place = 3 * number + line
             ticks[place] = label
-            parts_ms = case[variant]["parts_ms"]
+            parts_ms = _of_the_step(case[variant])
             left = 0.0
             for part, time_ms in _coloured(parts_ms):
                 share = time_ms / whole_ms
@@ -61,12 +60,17 @@ def parts(rows: list[Row]) -> Any:
     handles = [
         Patch(color=part[1], label=part[0]) for part in (*_PARTS.values(), _OTHER) if part in used
     ]
-    shares = [_share_of_memory(case["memdlm", SHOWN_K]["parts_ms"]) for case in cases.values()]
+    shares = [_share_of_memory(_of_the_step(case["memdlm", SHOWN_K])) for case in cases.values()]
     low, high = f"{min(shares):.0%}", f"{max(shares):.0%}"
     share = low if low == high else f"{low} to {high}"
     message = f"Writing the memory takes {share} of a step of MemDLM"
     finish(figure, message, rows, handles, columns=5)
     return figure
+
+
+def _of_the_step(row: Row) -> dict[str, float]:
+    """Without the collator's time: a data loader makes batches beside the step."""
+    return {part: ms for part, ms in row["parts_ms"].items() if part != "host_masks"}
 
 
 def _coloured(parts_ms: dict[str, float]) -> list[tuple[tuple[str, str], float]]:

@@ -24,7 +24,7 @@ from memdlm.block_mask import Blocks
 from memdlm.gated_ffn import run_gated_ffn
 from memdlm.models.rotary import rotate
 from memdlm.outer_lora import fused_outer_lora, prepare_outer_lora
-from memdlm.recorded_keys import LayerRecorder, RecordedKeys
+from memdlm.recorded_keys import LayerKeys, RecordedKeys
 
 # Pre-norm decoders: h + attention(norm(h)), then h + ffn(norm(h)), no multipliers in between.
 FAMILIES = ("llama", "qwen2", "qwen3", "olmoe", "llada", "llada2_moe", "Dream")
@@ -260,12 +260,14 @@ class Backbone:
         count = len(input_ids) // len(changed)
         changed = changed.repeat(count, 1)
         here = dataclasses.replace(context, rows=changed)
+        seen = _visible_to_rows(here)
         hidden = self.decoder.embed_tokens(input_ids.gather(1, changed))  # [n B, C, D]
         with fused_outer_lora():
             for index in range((self.boundary + 1) // 2):
                 layer, last = self.layers[index], index == len(self.layers) - 1
+                keys = recorded[index]
                 hidden = _attend_recorded(
-                    layer, hidden, here, recorded[index], context.rows if last else None
+                    layer, hidden, here, seen, keys, context.rows if last else None
                 )
                 if 2 * index + 1 < self.boundary:
                     hidden = hidden + _ffn(layer.mlp, *_ffn_input(layer, hidden))
@@ -375,7 +377,7 @@ class Backbone:
         halves: range,
         context: Context,
         memory: contextlib.AbstractContextManager[Any],
-        recorder: LayerRecorder | None,
+        recorder: LayerKeys | None,
     ) -> Tensor:
         layer = self.layers[index]
         with memory, fused_outer_lora():
@@ -444,13 +446,17 @@ def _attend_rows(layer: Any, hidden: Tensor, context: Context, recorder: Any) ->
     key, value = _keys_values(attention, normed, context, None)
     if recorder is not None:
         recorder.update(key, value)
-    return _take(hidden, rows) + _attended(attention, _take(normed, rows), context, key, value)
+    seen = _visible_to_rows(context)
+    return _take(hidden, rows) + _attended(
+        attention, _take(normed, rows), context, seen, key, value
+    )
 
 
 def _attend_recorded(
     layer: Any,
     hidden: Tensor,
     context: Context,
+    seen: Tensor | None,
     recorded: tuple[Tensor, Tensor],
     last_rows: Tensor | None,
 ) -> Tensor:
@@ -474,7 +480,8 @@ def _attend_recorded(
         chosen = places.gather(1, last_rows)
         hidden, normed = _take(hidden, chosen), _take(normed, chosen)
         context = dataclasses.replace(context, rows=last_rows)
-    return hidden + _attended(attention, normed, context, key, value)
+        seen = _visible_to_rows(context)
+    return hidden + _attended(attention, normed, context, seen, key, value)
 
 
 def _keys_values(
@@ -491,11 +498,15 @@ def _rotated(heads: Tensor, context: Context, rows: Tensor | None) -> Tensor:
 
 
 def _attended(
-    attention: Any, normed: Tensor, context: Context, key: Tensor, value: Tensor
+    attention: Any,
+    normed: Tensor,
+    context: Context,
+    mask: Tensor | None,
+    key: Tensor,
+    value: Tensor,
 ) -> Tensor:
     """What the rows of the context [B, W, D] take from keys and values [B, H_kv, L, head_dim]."""
     query = _rotated(_heads(attention, "q", normed), context, context.rows)  # [B, H, W, head_dim]
-    mask = _visible_to_rows(context)
     grouped = query.shape[1] != key.shape[1]
     if grouped and mask is not None:
         # With both, CUDA falls back to an attention that makes all scores.

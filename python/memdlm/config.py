@@ -91,8 +91,8 @@ class MemoryConfig:
             layer by layer, "auto" recomputes where they would not fit in the free memory.
         prefix_reuse: "prompt_kv" runs the layers below the fast weights, in states noisier than the
             anchor, on the response alone; the prompt's keys, values and activations are those of
-            the anchor's pass. Exact in block diffusion, where the prompt does not see the response;
-            an approximation elsewhere.
+            the anchor's pass. Exact in block diffusion, where the prompt does not see the response,
+            unless the prefix has dropout; an approximation elsewhere.
         inner_graph: launch the reset and all inner steps as one CUDA graph. The rows of a state are
             padded, to 256, 512, 768, 1024, 1536, 2048, 3072 and so on; a batch of other shapes is
             recorded anew (16 recordings are kept), so pad sequences to few lengths.

@@ -139,6 +139,12 @@ class FastWeights:
         return per_set if self.config.scope == "sample" else [view[0] for view in per_set]
 
     @property
+    def nbytes(self) -> int:
+        """Of the fast weights, their gradient, and their copy for the layers where there is one."""
+        own = (self.param, self.grad, self._cast)
+        return sum(tensor.nbytes for tensor in own if tensor is not None)
+
+    @property
     def leaves(self) -> list[Tensor]:
         """What an inner step differentiates by: views of `param`, or of its copy for the layers."""
         return self._leaves

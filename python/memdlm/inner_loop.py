@@ -133,9 +133,11 @@ def adapt(
     recompute = recomputes(config.inner_checkpoint, backbone, boundaries)
     memory = fast_weights.reading(trainable=True)
     losses, norms, skips = [], [], []
-    for _ in range(config.inner_epochs):
-        for state, boundary in zip(states, boundaries, strict=True):
-            with torch.enable_grad(), backbone.constant_suffix():
+    leaves = fast_weights.leaves
+    visits = list(zip(states, boundaries, strict=True)) * config.inner_epochs
+    with backbone.constant_suffix():
+        for state, boundary in visits:
+            with torch.enable_grad():
                 with record_function("memdlm.inner_suffix"):
                     rows = backbone.suffix(
                         boundary.activations.detach(),
@@ -150,7 +152,6 @@ def adapt(
                     sets = len(fast_weights.param)
                     per_set = _sum_per_set(weighted, state["sample"], sets)  # [S]
                 # The sets do not touch each other, so one backward of the sum serves them all.
-                leaves = fast_weights.leaves
                 with record_function("memdlm.inner_backward"):
                     gradients = torch.autograd.grad(per_set.sum(), leaves, allow_unused=True)
             loss = per_set.detach()

@@ -143,7 +143,7 @@ class MemDLMObjective(MDLMObjective):
         """
         if not memory_enabled:
             return super().forward(batch, normalizer)
-        recorded = self._recorder(batch)
+        recorded = RecordedKeys() if self._reuses(batch) else None
         anchor = anchor_boundary(self.backbone, batch, recorded)
         trace = self.write_memory(batch, anchor, recorded)
         loss = outer_loss(
@@ -155,10 +155,10 @@ class MemDLMObjective(MDLMObjective):
         )
         return ObjectiveOutput(loss, trace)
 
-    def _recorder(self, batch: dict[str, Any]) -> RecordedKeys | None:
-        """For the anchor's prefix, where noisier states will read its keys and values."""
+    def _reuses(self, batch: dict[str, Any]) -> bool:
+        """Whether noisier states will read the keys and values of the anchor's prefix."""
         noisier = any(not state["is_anchor"] for state in batch["trajectory"])
-        return RecordedKeys() if noisier and self.memory.prefix_reuse == "prompt_kv" else None
+        return noisier and self.memory.prefix_reuse == "prompt_kv"
 
     def write_memory(
         self,
@@ -174,16 +174,25 @@ class MemDLMObjective(MDLMObjective):
             anchor: the anchor's boundary, read without its graph; made here if it is None.
             recorded: what that anchor's prefix recorded, for `prefix_reuse`; closed afterwards.
 
+        Raises:
+            ValueError: an anchor without what its prefix recorded, where that is needed.
+
         Returns:
             The trace of the inner steps. The fast weights stay until the next reset.
         """
         states: list[State] = batch["trajectory"]
         mask, seeds = batch.get("attention_mask"), batch["memory_seed"]
         with untouched_generators(seeds.device):
+            reuses = self._reuses(batch)
             if anchor is None:
-                recorded = self._recorder(batch)
+                recorded = RecordedKeys() if reuses else None
                 with torch.no_grad():
                     anchor = anchor_boundary(self.backbone, batch, recorded)
+            elif reuses and recorded is None:
+                raise ValueError(
+                    "recorded must be what the anchor's prefix recorded with prefix_reuse "
+                    "'prompt_kv', got None"
+                )
             reuse = None
             if recorded is not None:
                 reuse = Reuse(batch["changed"], anchor.activations, recorded)

@@ -5,45 +5,43 @@ from typing import Any
 from torch import Tensor
 
 
-class RecordedKeys:
-    """Keys and values of every layer of one pass, without their graph.
+class LayerKeys:
+    """Keys and values of one layer, without their graph: what its attention takes for its cache.
 
-    A layer's attention is handed `at(index)` as its cache: it stores, and hands back what it got.
+    It knows neither its layer nor the others: a compiled attention would be compiled for each anew.
+
+    Attributes:
+        kept: each [B, H_kv, L, head_dim], after rotation; None before the layer has run.
     """
 
     def __init__(self) -> None:
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
-        self._closed = False
-
-    def at(self, index: int) -> "LayerRecorder":
-        """What records the layer of this index."""
-        return LayerRecorder(self, index)
-
-    def store(self, index: int, key: Tensor, value: Tensor) -> None:
-        """Keep a layer's, each [B, H_kv, L, head_dim], after rotation; nothing once closed."""
-        # A layer that is recomputed in backward comes by again.
-        if not self._closed:
-            self._layers[index] = key.detach(), value.detach()
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self._layers[index]
-
-    def close(self) -> None:
-        """Forget them, and record no more."""
-        self._layers.clear()
-        self._closed = True
-
-
-class LayerRecorder:
-    """What an attention takes for its cache; see `RecordedKeys`."""
-
-    def __init__(self, recorded: RecordedKeys, index: int) -> None:
-        self._recorded = recorded
-        self._index = index
+        self.kept: tuple[Tensor, Tensor] | None = None
 
     def update(
         self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """The method of a transformers cache that attentions call."""
-        self._recorded.store(self._index, key, value)
+        """The method of a transformers cache that attentions call; hands back what it got."""
+        self.kept = key.detach(), value.detach()
         return key, value
+
+
+class RecordedKeys:
+    """Keys and values of every layer of one pass."""
+
+    def __init__(self) -> None:
+        self._layers: dict[int, LayerKeys] = {}
+
+    def at(self, index: int) -> LayerKeys:
+        """What the attention of this layer stores into."""
+        return self._layers.setdefault(index, LayerKeys())
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        kept = self._layers[index].kept
+        assert kept is not None
+        return kept
+
+    def close(self) -> None:
+        """Forget them. A layer that backward recomputes stores once more, until it is done."""
+        for layer in self._layers.values():
+            layer.kept = None
+        self._layers.clear()

@@ -292,6 +292,7 @@ def test_the_text(tmp_path, capsys):
         ("--model Dream-7B --outer head", "outer must be one of lora, lora_attention, full"),
         ("--model Dream-7B --lora_rank 0", "lora_rank must be at least 1, got 0"),
         ("--model Dream-7B --outer full --lora_rank 8", "lora_rank would not be read"),
+        ("--model Dream-7B --k 1 --prefix_reuse prompt_kv", "prefix_reuse would not be read"),
         ("--model Dream-7B --promt 0.5", "unknown key 'promt'; did you mean prompt"),
     ],
 )

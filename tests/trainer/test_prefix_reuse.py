@@ -4,14 +4,17 @@ import dataclasses
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 
+import memdlm.objective as objective_module
 import memdlm_kernels.flops  # noqa: F401 - registers the formulas
 from memdlm.backbone import Backbone
 from memdlm.config import DiffusionConfig, MemoryConfig
 from memdlm.data.collator import MaskCollator, changed_rows
 from memdlm.objective import MemDLMObjective, anchor_boundary
 from memdlm.prompt_memory import PromptMemory
+from memdlm.recorded_keys import RecordedKeys
 from tests.families import make_family_model
 from tests.tiny import MASK, PAD, RAGGED, VOCABULARY, make_features, make_model
 
@@ -128,6 +131,44 @@ def test_exact_in_block_diffusion(family, layer_fraction):
     assert largest_error(*both(make, memory, diffusion=diffusion, pad=4)) < BOUND
 
 
+@pytest.mark.parametrize("family", ["llada", "llada_moe"])
+def test_exact_under_an_outer_lora(family):
+    def make():
+        attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
+        stacked = ["experts.gate_up_proj", "experts.down_proj"] if "moe" in family else None
+        lora = LoraConfig(r=4, target_modules=attention, target_parameters=stacked)
+        model = get_peft_model(make_family_model(family), lora, autocast_adapter_dtype=False)
+        generator = torch.Generator().manual_seed(1)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data.normal_(std=0.1, generator=generator)
+        return model.train()
+
+    diffusion = DiffusionConfig(block_size=4)
+    memory = MemoryConfig(layer_fraction=0.5, rank=4)
+    assert largest_error(*both(make, memory, diffusion=diffusion, pad=4)) < BOUND
+
+
+def test_under_autocast_as_near_as_bfloat16_is():
+    """Keys, values and activations may have another dtype than the weights."""
+    diffusion = DiffusionConfig(block_size=4)
+    memory = MemoryConfig(layer_fraction=0.5, rank=4)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, exact = both(
+            lambda: make_model(dtype=torch.float32), memory, diffusion=diffusion, pad=4
+        )
+    assert largest_error(ours[:2], exact[:2]) < 2 * torch.finfo(torch.bfloat16).eps
+
+
+def test_an_anchor_without_its_keys_is_refused():
+    memory = MemoryConfig(layer_fraction=0.5, rank=4, prefix_reuse="prompt_kv")
+    objective = MemDLMObjective(make_model(), DIFFUSION, memory)
+    batch = make_batch(memory)
+    anchor = anchor_boundary(objective.backbone, batch)
+    with pytest.raises(ValueError, match="recorded must be"):
+        objective.write_memory(batch, anchor)
+
+
 @pytest.mark.parametrize("family", ["llama", "dream"])
 def test_exact_where_there_is_no_prompt(family):
     make = make_model if family == "llama" else lambda: make_family_model(family)
@@ -149,7 +190,7 @@ def test_elsewhere_the_prompt_is_the_anchors(family, target, boundary):
     backbone = objective.backbone
     assert backbone.boundary == boundary
     batch = make_batch(memory, right_shift=backbone.right_shift_logits)
-    recorded = objective._recorder(batch)
+    recorded = RecordedKeys()
     anchor = anchor_boundary(backbone, batch, recorded)
     mask = batch["attention_mask"]
     ids = batch["anchor"]["input_ids"]
@@ -196,10 +237,14 @@ def halves(backbone, ids, mask, count, put_back=None, changed=None):
 
 def test_the_keys_are_forgotten_after_the_inner_loop(monkeypatch):
     kept = []
+
+    def recorder():
+        kept.append(RecordedKeys())
+        return kept[-1]
+
+    monkeypatch.setattr(objective_module, "RecordedKeys", recorder)
     memory = MemoryConfig(layer_fraction=0.5, rank=4, prefix_reuse="prompt_kv")
     objective = MemDLMObjective(make_model(), DIFFUSION, memory)
-    plain = objective._recorder
-    monkeypatch.setattr(objective, "_recorder", lambda batch: kept.append(plain(batch)) or kept[-1])
     objective(make_batch(memory)).loss.backward()
     (recorded,) = kept
     with pytest.raises(KeyError):
@@ -210,7 +255,7 @@ def test_nothing_is_recorded_without_a_noisier_state():
     for strategy, inner_steps in (("anchor_only", 2), ("anchor_consistent", 1)):
         memory = MemoryConfig(strategy=strategy, inner_steps=inner_steps, prefix_reuse="prompt_kv")
         objective = MemDLMObjective(make_model(), DIFFUSION, memory)
-        assert objective._recorder(make_batch(memory)) is None
+        assert not objective._reuses(make_batch(memory))
 
 
 def test_a_prompt_memory_is_the_same():

@@ -55,6 +55,10 @@ class PlanOptions:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         if not 0 <= self.prompt < 1:
             raise ValueError(f"prompt must be in [0, 1), got {self.prompt}")
+        if self.prefix_reuse != "none" and self.k == 1:
+            raise ValueError(
+                "prefix_reuse would not be read: with k 1 the anchor is the only state"
+            )
         if self.memory_gib is not None and not self.memory_gib > 0:
             raise ValueError(f"memory_gib must be above 0, got {self.memory_gib}")
         if self.outer == "full" and self.lora_rank is not None:

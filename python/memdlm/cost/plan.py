@@ -89,11 +89,10 @@ def make_plan(options: PlanOptions) -> Plan:
     """
     estimator = _Estimator(load_config(options.model))
     plain = dataclasses.replace(options, prefix_reuse="none")
-    reusing = dataclasses.replace(options, prefix_reuse="prompt_kv")
     jobs = {ALL_ROWS: plain, MASKED_ROWS: plain, MEMDLM: plain}
     if options.k > 1:
-        jobs[PROMPT_KV] = reusing
-    base = PROMPT_KV if options.prefix_reuse == "prompt_kv" and options.k > 1 else MEMDLM
+        jobs[PROMPT_KV] = dataclasses.replace(options, prefix_reuse="prompt_kv")
+    base = PROMPT_KV if options.prefix_reuse == "prompt_kv" else MEMDLM
     changes = _changes(options)
 
     with tqdm(total=len(jobs) + len(changes), desc="rehearsals", leave=False) as progress:
@@ -123,7 +122,7 @@ def _changes(options: PlanOptions) -> list[tuple[str, str, PlanOptions, str]]:
     usual = "anchor_consistent"
     if options.k > 1:
         states = "the memory sees no noisier state than the anchor"
-        changes.append(("inner_steps 1", states, {"k": 1}, usual))
+        changes.append(("inner_steps 1", states, {"k": 1, "prefix_reuse": "none"}, usual))
         changes.append(("strategy anchor_only", states, {}, "anchor_only"))
         if options.prefix_reuse == "none":
             near = "the noisier states' boundary is approximate"
