@@ -154,7 +154,7 @@ SUITES = {
         dtype="float32",
         costs=[
             SMALL["tiny"],
-            SMALL["smollm2_small"],
+            dataclasses.replace(SMALL["smollm2_small"], batch_size=1),
             dataclasses.replace(SMALL["llada_moe_small"], batch_size=1),
         ],
         inner_steps=[1, 2, 4],

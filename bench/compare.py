@@ -21,7 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from bench.cases import StepCase
-from bench.step import add_case_options, case_of, default_batches
+from bench.step import add_case_options, case_of
 from bench.timing import percentiles
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
             case,
             inner_steps=options.k,
             repeats=options.repeats,
-            batches=options.batches or default_batches(case),
+            batches=options.batches,
             device=options.device,
             dtype=options.dtype,
             prompt_kv=options.prompt_kv,

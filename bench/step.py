@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
         help="leave out memdlm_naive, which --gradient_checkpointing does anyway",
     )
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds")
-    parser.add_argument("--batches", type=int, help="in one round; by default what the case needs")
+    parser.add_argument("--batches", type=int, default=1, help="batches in one round")
     parser.add_argument("--json", type=Path, help="append one JSON line per variant to this file")
     options = parser.parse_args(arguments)
     case = case_of(options)
@@ -107,11 +107,6 @@ def case_of(options: argparse.Namespace) -> StepCase:
     return replace(base, gradient_checkpointing=options.gradient_checkpointing, **given)
 
 
-def default_batches(case: StepCase) -> int:
-    """Batches of one round: more where a step takes less than a second."""
-    return 3 if case.model == "tiny" and case.batch_size * case.length <= 2_048 else 1
-
-
 def measure(
     case: StepCase,
     *,
@@ -119,7 +114,7 @@ def measure(
     repeats: int,
     device: torch.device,
     dtype: torch.dtype,
-    batches: int | None = None,
+    batches: int = 1,
     naive: bool = True,
     extra_steps: Sequence[int] | None = None,
     suite: str | None = None,
@@ -133,7 +128,7 @@ def measure(
         inner_steps: the K of `memdlm`.
         repeats: timed rounds, in which the variants take turns.
         device, dtype: of the model.
-        batches: batches of one round, over which its time is averaged; None for `default_batches`.
+        batches: batches of one round, over which its time is averaged.
         naive: whether `memdlm_naive` is measured too.
         extra_steps: with which of `inner_steps` that and `memdlm_prompt_kv`; None for all.
         suite: the suite's name for the rows, None by hand.
@@ -146,7 +141,6 @@ def measure(
     Raises:
         ValueError: variants whose losses differ, `memdlm_naive` with gradient checkpointing.
     """
-    batches = batches or default_batches(case)
     steps = make_steps(
         case, inner_steps, batches, device, dtype, naive=naive, extra_steps=extra_steps
     )
