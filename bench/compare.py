@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--k", type=int, nargs="+", default=[2], help="inner steps")
     parser.add_argument("--prompt_kv", action="store_true", help="also memdlm_prompt_kv")
     parser.add_argument("--repeats", type=int, default=9, help="timed rounds")
-    parser.add_argument("--batches", type=int, help="in one round; by default what the case needs")
+    parser.add_argument("--batches", type=int, default=1, help="batches in one round")
     options = parser.parse_args(arguments)
     case = case_of(options)
     try:

@@ -28,7 +28,7 @@ Timer = Callable[[Callable[[], None], Callable[[], None], int], list[float]]
 
 # A variant and its base are timed for about so many seconds, in three rounds at least; where one
 # run takes longer than that, as the largest cases' oracles do, in one: times_ms say how often.
-_SECONDS = 1.0
+_SECONDS = 0.7
 _LEAST_ROUNDS = 3
 # What another library may raise where it does not work with what is installed here.
 _FOREIGN_ERRORS = (AttributeError, ImportError, RuntimeError, TypeError, ValueError)
