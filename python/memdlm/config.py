@@ -92,7 +92,13 @@ class MemoryConfig:
         prefix_reuse: "prompt_kv" runs the layers below the fast weights, in states noisier than the
             anchor, on the response alone; the prompt's keys, values and activations are those of
             the anchor's pass. Exact in block diffusion, where the prompt does not see the response,
-            unless the prefix has dropout; an approximation elsewhere.
+            unless the prefix has dropout; an approximation elsewhere. On the demo's
+            model after 300 training steps, with K = 2 and prompts of 50, 80, 90, 95 %
+            of 256 tokens: cosine to the exact fast weights' change 0.999998, 0.999995,
+            0.999997, 0.999985; relative change of the outer loss 3.6e-07, 1.2e-06,
+            8.8e-07, 3.1e-06 and of the outer gradient 4.3e-05, 5.9e-05, 5.6e-05,
+            1.2e-04; time of forward and backward 0.93, 0.84, 0.81, 0.75 of the exact on
+            a CPU (`python -m bench.prompt_kv`).
         inner_graph: launch the reset and all inner steps as one CUDA graph. The rows of a state are
             padded, to 256, 512, 768, 1024, 1536, 2048, 3072 and so on; a batch of other shapes is
             recorded anew (16 recordings are kept), so pad sequences to few lengths.
