@@ -31,7 +31,7 @@ _BARS = {("mdlm", None): "MDLM, ours", ("memdlm", SHOWN_K): f"MemDLM, K = {SHOWN
 
 
 def parts(rows: list[Row]) -> Any:
-    """Two bars for each cost case, over the whole of MDLM's."""
+    """Two bars for each cost case, over the time of MDLM."""
     cases = cost_cases(rows)
     if not cases:
         return None
@@ -69,8 +69,13 @@ def parts(rows: list[Row]) -> Any:
 
 
 def _of_the_step(row: Row) -> dict[str, float]:
-    """Without the collator's time: a data loader makes batches beside the step."""
-    return {part: ms for part, ms in row["parts_ms"].items() if part != "host_masks"}
+    """The profile's shares of the measured time: one profiled step is not a median of many.
+
+    Without the collator's: a data loader makes batches beside the step.
+    """
+    parts_ms = {part: ms for part, ms in row["parts_ms"].items() if part != "host_masks"}
+    scale = row["p50_ms"] / sum(parts_ms.values())
+    return {part: scale * ms for part, ms in parts_ms.items()}
 
 
 def _coloured(parts_ms: dict[str, float]) -> list[tuple[tuple[str, str], float]]:
