@@ -100,7 +100,7 @@ def _device(folder: Path, rows: list[Row], suite: str) -> list[str]:
         lines += [*step_table.host_reads(steps), ""]
     lines += pictures.get("cost_vs_k.png", []) + pictures.get("by_length.png", [])
     if ops:
-        lines += [*op_table.first_cases(ops), ""]
+        lines += [*op_table.first_cases(ops), "", *_movement(rows, ops), ""]
     lines += pictures.get("ops_roofline.png", [])
     reuse = prompt_kv.newest_rows(rows)
     if reuse:
@@ -108,9 +108,15 @@ def _device(folder: Path, rows: list[Row], suite: str) -> list[str]:
     return lines
 
 
-def _movement(rows: list[Row], steps: list[Row]) -> list[str]:
-    """How far ratios are from those of the run before, if there was one."""
-    moved = against_previous(rows, max(row["run"] for row in steps))
+def _movement(rows: list[Row], shown: list[Row]) -> list[str]:
+    """How far ratios are from those of the run before, if there was one.
+
+    Args:
+        rows: all of the folder.
+        shown: those of one benchmark that the page shows.
+    """
+    alike = [row for row in rows if row["bench"] == shown[0]["bench"]]
+    moved = against_previous(alike, max(row["run"] for row in shown))
     return [] if moved is None else [f"- How repeatable that is: {moved}."]
 
 
