@@ -88,14 +88,22 @@ def _llada_moe_small() -> PretrainedConfig:
     )
 
 
+def _llada_moe_half() -> PretrainedConfig:
+    config = _llada_moe_small()
+    config.num_hidden_layers //= 2
+    return config
+
+
 # Published shapes; the demo's model; a decoder of 60 M parameters; SmolLM2-135M's widths with few
-# layers; an eighth of LLaDA-MoE in every width.
+# layers; an eighth of LLaDA-MoE in every width, and that with half of its layers, of which the
+# adapted ones are the same share: an eighth.
 MODELS: dict[str, Callable[[], PretrainedConfig]] = {
     **PUBLISHED,
     "tiny": lambda: AutoConfig.from_pretrained(_DEMO_BASE),
     "dense_small": _dense_small,
     "smollm2_small": _smollm2_small,
     "llada_moe_small": _llada_moe_small,
+    "llada_moe_half": _llada_moe_half,
 }
 
 # One batch of each small model, as a trainer would take it.
@@ -104,6 +112,7 @@ SMALL = {
     "dense_small": StepCase("dense_small", 2, 512, 0.8),
     "smollm2_small": StepCase("smollm2_small", 2, 512, 0.8),
     "llada_moe_small": StepCase("llada_moe_small", 2, 512, 0.8),
+    "llada_moe_half": StepCase("llada_moe_half", 2, 512, 0.8),
 }
 
 
@@ -128,7 +137,7 @@ class Suite:
         sweeps: cases that are measured with K = 2 alone and without `memdlm_naive`: lengths, prompt
             shares, checkpointing.
         repeats: timed rounds of a step.
-        op_rounds: timed rounds of an op.
+        op_rounds: timed rounds of an op, at most.
     """
 
     device: str
@@ -155,12 +164,12 @@ SUITES = {
         costs=[
             SMALL["tiny"],
             dataclasses.replace(SMALL["smollm2_small"], batch_size=1),
-            dataclasses.replace(SMALL["llada_moe_small"], batch_size=1),
+            dataclasses.replace(SMALL["llada_moe_half"], batch_size=1),
         ],
         inner_steps=[1, 2, 4],
         sweeps=_varied(SMALL["tiny"], length=[128]),
-        repeats=5,
-        op_rounds=9,
+        repeats=9,
+        op_rounds=201,
     ),
     "cpu": Suite(
         device="cpu",
@@ -177,8 +186,8 @@ SUITES = {
                 gradient_checkpointing=[True],
             ),
         ],
-        repeats=7,
-        op_rounds=21,
+        repeats=9,
+        op_rounds=201,
     ),
     "gpu": Suite(
         device="cuda",

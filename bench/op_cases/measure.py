@@ -26,10 +26,10 @@ from bench.timing import peak_mib, percentiles
 # Of (what is timed, what runs before each round, rounds): the rounds' times in milliseconds.
 Timer = Callable[[Callable[[], None], Callable[[], None], int], list[float]]
 
-# A variant and its base are timed for about so many seconds, in three rounds at least; where one
+# A variant and its base are timed for about so many seconds, in seven rounds at least; where one
 # run takes longer than that, as the largest cases' oracles do, in one: times_ms say how often.
-_SECONDS = 0.7
-_LEAST_ROUNDS = 3
+_SECONDS = 1.0
+_LEAST_ROUNDS = 7
 # What another library may raise where it does not work with what is installed here.
 _FOREIGN_ERRORS = (AttributeError, ImportError, RuntimeError, TypeError, ValueError)
 
