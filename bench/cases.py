@@ -72,12 +72,13 @@ def _smollm2_small() -> PretrainedConfig:
     return config
 
 
-def _llada_moe_small() -> PretrainedConfig:
+def _llada_moe_small(layers: int = 16) -> PretrainedConfig:
     return LLaDAMoEConfig(
         vocab_size=32_000,
         hidden_size=256,
         expert_intermediate_size=128,
-        num_hidden_layers=16,
+        num_hidden_layers=layers,
+        moe_layer_freq=[1] * layers,
         num_attention_heads=4,
         num_key_value_heads=4,
         num_experts=64,
@@ -86,12 +87,6 @@ def _llada_moe_small() -> PretrainedConfig:
         mask_token_id=31_999,
         eos_token_id=None,
     )
-
-
-def _llada_moe_half() -> PretrainedConfig:
-    config = _llada_moe_small()
-    config.num_hidden_layers //= 2
-    return config
 
 
 # Published shapes; the demo's model; a decoder of 60 M parameters; SmolLM2-135M's widths with few
@@ -103,7 +98,7 @@ MODELS: dict[str, Callable[[], PretrainedConfig]] = {
     "dense_small": _dense_small,
     "smollm2_small": _smollm2_small,
     "llada_moe_small": _llada_moe_small,
-    "llada_moe_half": _llada_moe_half,
+    "llada_moe_half": lambda: _llada_moe_small(layers=8),
 }
 
 # One batch of each small model, as a trainer would take it.
@@ -168,7 +163,7 @@ SUITES = {
         ],
         inner_steps=[1, 2, 4],
         sweeps=_varied(SMALL["tiny"], length=[128]),
-        repeats=9,
+        repeats=7,
         op_rounds=201,
     ),
     "cpu": Suite(

@@ -26,10 +26,11 @@ from bench.timing import peak_mib, percentiles
 # Of (what is timed, what runs before each round, rounds): the rounds' times in milliseconds.
 Timer = Callable[[Callable[[], None], Callable[[], None], int], list[float]]
 
-# A variant and its base are timed for about so many seconds, in seven rounds at least; where one
-# run takes longer than that, as the largest cases' oracles do, in one: times_ms say how often.
-_SECONDS = 1.0
-_LEAST_ROUNDS = 7
+# A variant and its base are timed for about so many seconds, in five rounds at least; where one
+# run takes longer than that, as the largest cases' oracles do, in two: times_ms say how often.
+_SECONDS = 0.7
+_LEAST_ROUNDS = 5
+_ROUNDS_OF_THE_SLOW = 2
 # What another library may raise where it does not work with what is installed here.
 _FOREIGN_ERRORS = (AttributeError, ImportError, RuntimeError, TypeError, ValueError)
 
@@ -137,7 +138,7 @@ def measure(problem: Problem, variant: Variant, rounds: int, timer: Timer) -> di
     del results
     row["peak_mib"] = round(peak_mib(run, device), 3)
     seconds = _seconds(run, device)
-    least = _LEAST_ROUNDS if seconds < _SECONDS else 1
+    least = _LEAST_ROUNDS if seconds < _SECONDS else _ROUNDS_OF_THE_SLOW
     rounds = min(rounds, max(least, int(_SECONDS / (seconds + problem.base_seconds))))
     base_ms: list[float] = []
     times_ms = timer(
