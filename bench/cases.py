@@ -107,7 +107,6 @@ SMALL = {
     "dense_small": StepCase("dense_small", 2, 512, 0.8),
     "smollm2_small": StepCase("smollm2_small", 2, 512, 0.8),
     "llada_moe_small": StepCase("llada_moe_small", 2, 512, 0.8),
-    "llada_moe_half": StepCase("llada_moe_half", 2, 512, 0.8),
 }
 
 
@@ -159,7 +158,7 @@ SUITES = {
         costs=[
             SMALL["tiny"],
             dataclasses.replace(SMALL["smollm2_small"], batch_size=1),
-            dataclasses.replace(SMALL["llada_moe_half"], batch_size=1),
+            dataclasses.replace(SMALL["llada_moe_small"], model="llada_moe_half", batch_size=1),
         ],
         inner_steps=[1, 2, 4],
         sweeps=_varied(SMALL["tiny"], length=[128]),

@@ -20,6 +20,7 @@ from bench.cases import MODELS, SMALL, StepCase
 from bench.operator_counts import OperatorCounts
 from bench.timing import interleaved_ms, machine, peak_mib, percentiles, rss_mib, write_rows
 from bench.variants import Step, check_losses, collation_ms, make_steps, memory_of
+from memdlm.models.published import PUBLISHED
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -99,8 +100,11 @@ def add_case_options(parser: argparse.ArgumentParser) -> None:
 
 
 def case_of(options: argparse.Namespace) -> StepCase:
-    """The small batch of the model (a published one: 1 x 4,096), with what was asked for."""
-    base = SMALL.get(options.model, StepCase(options.model, 1, 4_096, 0.9))
+    """The batch of a small model, or 1 x 4,096 of a published one, with what was asked for."""
+    if options.model in PUBLISHED:
+        base = StepCase(options.model, 1, 4_096, 0.9)
+    else:
+        base = SMALL.get(options.model, StepCase(options.model, 2, 512, 0.8))
     fields = ("batch_size", "length", "prompt_share", "outer")
     asked = {name: getattr(options, name) for name in fields}
     given = {name: value for name, value in asked.items() if value is not None}
