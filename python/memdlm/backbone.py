@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.masking_utils import create_bidirectional_mask
 
 from memdlm import experts
-from memdlm.block_mask import Blocks
+from memdlm.block_mask import Blocks, CausalBlocks
 from memdlm.gated_ffn import run_gated_ffn
 from memdlm.models.rotary import rotate
 from memdlm.outer_lora import fused_outer_lora, prepare_outer_lora
@@ -51,7 +51,7 @@ class Context:
     mask: Any
     visible: Tensor | None
     rows: Tensor
-    blocks: Blocks | None = None
+    blocks: CausalBlocks | None = None
 
 
 @dataclass(frozen=True)
@@ -158,13 +158,22 @@ class Backbone:
             )
         return head.weight, head.bias
 
-    def context(self, input_ids: Tensor, attention_mask: Tensor | None, rows: Tensor) -> Context:
+    def context(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        rows: Tensor,
+        *,
+        canvas_block: int | None = None,
+    ) -> Context:
         """Prepare rotary embeddings and masks for a batch.
 
         Args:
             input_ids: [B, L] int64.
             attention_mask: [B, L] bool, False for padding, or None where nothing is padded.
             rows: [B, W] int64, the rows that the last layer computes.
+            canvas_block: at inference by block diffusion: a token sees its own block of so many
+                and those before, all on one canvas; for a backbone without a block size.
 
         Returns:
             A `Context` for `prefix` and `suffix`.
@@ -183,8 +192,8 @@ class Backbone:
         like = weight.new_empty(()).expand(batch_size, positions.shape[1], self.config.hidden_size)
         rotary = self.decoder.rotary_emb(like, positions)
         implementation = self.config._attn_implementation
-        if self.block_size is not None:
-            blocks = Blocks(length, self.block_size)
+        blocks = self._blocks(length, canvas_block)
+        if blocks is not None:
             mask = blocks.mask(implementation, attention_mask, like)
             return Context(rotary, mask, attention_mask, rows, blocks)
         if attention_mask is None:
@@ -198,6 +207,12 @@ class Backbone:
             allow_is_bidirectional_skip=False,  # asking whether it is all True waits for the GPU
         )
         return Context(rotary, mask, attention_mask, rows)
+
+    def _blocks(self, length: int, canvas_block: int | None) -> CausalBlocks | None:
+        if self.block_size is not None:
+            assert canvas_block is None
+            return Blocks(length, self.block_size)
+        return None if canvas_block is None else CausalBlocks(length, canvas_block)
 
     def prefix(
         self,
