@@ -102,6 +102,8 @@ class MemoryConfig:
         inner_graph: launch the reset and all inner steps as one CUDA graph. The rows of a state are
             padded, to 256, 512, 768, 1024, 1536, 2048, 3072 and so on; a batch of other shapes is
             recorded anew (16 recordings are kept), so pad sequences to few lengths.
+        prompt_ratio: share of a prompt's tokens that the anchor state masks when a memory is
+            written from a prompt (inference), in (0, 1].
 
     Raises:
         ValueError: an option outside its range.
@@ -127,6 +129,7 @@ class MemoryConfig:
     inner_checkpoint: Literal["none", "layer", "auto"] = "auto"
     prefix_reuse: Literal["none", "prompt_kv"] = "none"
     inner_graph: bool = False
+    prompt_ratio: float = 0.2
 
     def __post_init__(self) -> None:
         _check_choices(self)
@@ -139,8 +142,9 @@ class MemoryConfig:
             _check_number(self, name, "a number above 0", _is_finite(value) and value > 0)
         scale = self.pre_anchor_scale
         _check_number(self, "pre_anchor_scale", "at least 1", _is_finite(scale) and scale >= 1)
-        share = self.layer_fraction
-        _check_number(self, "layer_fraction", "in (0, 1]", _is_finite(share) and 0 < share <= 1)
+        for name in ("layer_fraction", "prompt_ratio"):
+            share = getattr(self, name)
+            _check_number(self, name, "in (0, 1]", _is_finite(share) and 0 < share <= 1)
 
 
 def from_options(kind: type[Any], options: dict[str, Any]) -> Any:

@@ -212,6 +212,19 @@ class FastWeights:
             cast=self._cast,
         )
 
+    def fill(self, values: Tensor) -> None:
+        """Take fast weights that were written before, all sets at once.
+
+        Args:
+            values: [S, T] in `param`'s dtype, as `param` held them; "batch" scope has one set.
+        """
+        self.reserve(len(values))
+        self._writes += 1
+        self.blank = False
+        self.param.copy_(values)
+        if self._cast is not None:
+            self._cast.copy_(values)
+
     def mark_written(self) -> None:
         """Take note that a recorded graph has reset and stepped the fast weights."""
         self._writes += 1

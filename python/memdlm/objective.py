@@ -165,6 +165,8 @@ class MemDLMObjective(MDLMObjective):
         batch: dict[str, Any],
         anchor: Boundary | None = None,
         recorded: RecordedKeys | None = None,
+        *,
+        reset: bool = True,
     ) -> InnerTrace:
         """Reset the fast weights and run the inner loop on a batch's trajectory.
 
@@ -173,15 +175,19 @@ class MemDLMObjective(MDLMObjective):
                 `prefix_reuse` also `changed`.
             anchor: the anchor's boundary, read without its graph; made here if it is None.
             recorded: what that anchor's prefix recorded, for `prefix_reuse`; closed afterwards.
+            reset: False goes on from what was written before, in as many sets as the batch needs.
 
         Raises:
-            ValueError: an anchor without what its prefix recorded, where that is needed.
+            ValueError: an anchor without what its prefix recorded, where that is needed; going on
+                with `inner_graph`, whose recorded graphs begin with the reset.
 
         Returns:
             The trace of the inner steps. The fast weights stay until the next reset.
         """
         states: list[State] = batch["trajectory"]
         mask, seeds = batch.get("attention_mask"), batch["memory_seed"]
+        if self.memory.inner_graph and not reset:
+            raise ValueError("reset must be True with inner_graph, got False")
         with untouched_generators(seeds.device):
             reuses = self._reuses(batch)
             if anchor is None:
@@ -205,8 +211,9 @@ class MemDLMObjective(MDLMObjective):
             boundaries = [anchor if state["is_anchor"] else next(made) for state in states]
             if self.memory.inner_graph:
                 return self._graph(seeds, states, boundaries)
-            with record_function("memdlm.reset"):
-                self.fast_weights.reset(seeds)
+            if reset:
+                with record_function("memdlm.reset"):
+                    self.fast_weights.reset(seeds)
             return adapt(self.backbone, self.fast_weights, states, boundaries, self.memory)
 
 

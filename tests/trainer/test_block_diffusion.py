@@ -163,7 +163,7 @@ def test_prompts_of_any_length_are_written():
         pad_token_id=PAD,
         vocab_size=VOCABULARY,
     )
-    with memory.write([[1, 2, 3, 4, 5, 6], [7, 8, 9]]):
+    with memory.adapt([[1, 2, 3, 4, 5, 6], [7, 8, 9]]):
         assert memory._objective.fast_weights.param.any(dim=1).all()
 
 

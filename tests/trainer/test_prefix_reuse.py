@@ -270,8 +270,8 @@ def test_a_prompt_memory_is_the_same():
             pad_token_id=PAD,
             vocab_size=VOCABULARY,
         )
-        memory.write([[1, 2, 3, 4, 5], [6, 7, 8]])
-        written.append(memory._objective.fast_weights.param.clone())
+        with memory.adapt([[1, 2, 3, 4, 5], [6, 7, 8]]):
+            written.append(memory._objective.fast_weights.param.clone())
         memory.detach()
     torch.testing.assert_close(*written, rtol=BOUND, atol=BOUND)
 
