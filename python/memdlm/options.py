@@ -49,6 +49,8 @@ class RunOptions:
             not given, none if empty. With `load_in_4bit` always none.
         memory_gap_steps: every so many steps, log the loss of one batch with and without memory;
             0 is never.
+        exposure_bias_examples: at each evaluation, measure the exposure bias (see `memdlm bias`)
+            on the first so many of its examples; 0 is never.
         resume_from_checkpoint: a checkpoint folder, or true for the last one in `output_dir`.
 
     Raises:
@@ -79,6 +81,7 @@ class RunOptions:
     lora_targets: list[str] | None = None
     lora_target_parameters: list[str] | None = None
     memory_gap_steps: int = 0
+    exposure_bias_examples: int = 0
     resume_from_checkpoint: str | bool | None = None
 
     def __post_init__(self) -> None:
@@ -88,7 +91,8 @@ class RunOptions:
         _check(self, "eval_fraction", "in (0, 1)", lambda value: 0 < value < 1)
         _check(self, "lora_dropout", "in [0, 1)", lambda value: 0 <= value < 1)
         _check(self, "lora_scaling", "above 0", lambda value: value > 0)
-        _check(self, "memory_gap_steps", "at least 0", lambda value: value >= 0)
+        for name in ("memory_gap_steps", "exposure_bias_examples"):
+            _check(self, name, "at least 0", lambda value: value >= 0)
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,7 @@ REJECTED_ARGUMENTS = UNSUPPORTED_ARGUMENTS | {
 }
 
 _NEEDS_EVALUATION = (
-    "max_eval_examples eval_strategy eval_steps eval_delay eval_on_start "
+    "max_eval_examples exposure_bias_examples eval_strategy eval_steps eval_delay eval_on_start "
     "per_device_eval_batch_size load_best_model_at_end"
 ).split()
 

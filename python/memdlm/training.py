@@ -21,8 +21,10 @@ from memdlm.backbone import ATTENTION_PROJECTIONS, FAMILIES, FFN_PROJECTIONS, ch
 from memdlm.checkpoint import check_resumable, last_checkpoint
 from memdlm.data.collator import MaskCollator
 from memdlm.data.dataset import load_examples, prepare_examples
+from memdlm.evaluation.callback import ExposureBiasCallback
 from memdlm.experts import PROJECTIONS as STACKED
 from memdlm.four_bit import four_bit_config, prepare_four_bit
+from memdlm.inference import first_line, known_mask_token
 from memdlm.objective import MDLMObjective, MemDLMObjective
 from memdlm.options import Run, RunOptions
 from memdlm.trainer import MemDLMTrainer
@@ -67,6 +69,11 @@ def train(run: Run) -> dict[str, float]:
         memory_gap_steps=options.memory_gap_steps,
         processing_class=tokenizer,
     )
+    if options.exposure_bias_examples and eval_examples is not None:
+        count = min(options.exposure_bias_examples, len(eval_examples))
+        measured = [dict(example) for example in eval_examples.select(range(count))]
+        batch_size = arguments.per_device_eval_batch_size
+        trainer.add_callback(ExposureBiasCallback(trainer, collator, measured, batch_size))
     trainer.train(resume_from_checkpoint=resume_from)
     trainer.save_model()
     trainer.save_state()
@@ -102,17 +109,13 @@ def _load_description(options: RunOptions) -> tuple[Any, PreTrainedTokenizerBase
         config = AutoConfig.from_pretrained(options.model)
         tokenizer = AutoTokenizer.from_pretrained(options.model)
     except (OSError, ValueError) as error:
-        raise ValueError(f"model {options.model} cannot be read: {_first_line(error)}") from error
+        raise ValueError(f"model {options.model} cannot be read: {first_line(error)}") from error
     if config.model_type not in FAMILIES:
         raise ValueError(
             f"model must be one of {', '.join(FAMILIES)}, got {options.model}, whose model_type is "
             f"{config.model_type!r}"
         )
     return config, tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _collator(run: Run, config: Any, tokenizer: PreTrainedTokenizerBase) -> MaskCollator:
@@ -142,10 +145,9 @@ def _mask_token_id(options: RunOptions, config: Any, tokenizer: PreTrainedTokeni
         if options.mask_token not in vocabulary:
             raise ValueError(f"mask_token {options.mask_token!r} is not a token of {options.model}")
         return vocabulary[options.mask_token]
-    # What the model was trained with; LLaDA-8B's tokenizer does not say it.
-    for known in (getattr(config, "mask_token_id", None), tokenizer.mask_token_id):
-        if known is not None:
-            return known
+    known = known_mask_token(config, tokenizer)
+    if known is not None:
+        return known
     raise ValueError(
         f"{options.model} has no mask token, in its config or its tokenizer: set mask_token or "
         "mask_token_id"
@@ -205,7 +207,7 @@ def _load_model(options: RunOptions, config: Any, lora: LoraConfig | None) -> nn
             **placed,
         )
     except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"model {options.model} cannot be loaded: {_first_line(error)}") from error
+        raise ValueError(f"model {options.model} cannot be loaded: {first_line(error)}") from error
     if lora is not None:
         model = get_peft_model(model, lora)
     if options.load_in_4bit:

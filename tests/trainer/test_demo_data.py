@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from memdlm.demo.corpus import passages
+from memdlm.data.corpus import passages
 from memdlm.demo.examples import IGNORE_INDEX, build_examples, load_text, load_tokenizer
 from memdlm.demo.initialise import OFFSETS, initialise_for_copying
 from memdlm.demo.needles import KEYS, answer, statement

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from memdlm.demo.corpus import passages
+from memdlm.data.corpus import passages
 from memdlm.demo.needles import KEYS, answer, question, statement
 
 BASE_FOLDER = pathlib.Path(__file__).parent / "base"

@@ -26,7 +26,7 @@ from transformers import AutoTokenizer
 
 from memdlm.config import DiffusionConfig
 from memdlm.data.collator import MaskCollator
-from memdlm.demo.corpus import passages
+from memdlm.data.corpus import passages
 from memdlm.objective import MDLMObjective
 from memdlm.options import make_run
 from memdlm.training import train

@@ -1,30 +1,44 @@
 """Needle recall: which values does the model fill in where the whole response is masked."""
 
-import contextlib
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from memdlm.backbone import Backbone
+from memdlm.demo.examples import build_examples
+from memdlm.evaluation.held_out import Adapt, adapted_batches, no_memory
+from memdlm.inference import token_logits
 
 VALUE_TOKENS = 2
 ROWS_PER_BATCH = 16
 
-Write = Callable[[Sequence[Sequence[int]]], contextlib.AbstractContextManager[None]]
+# The share of questions that ask for several values.
+KINDS = {"one": 0.0, "several": 1.0}
 
 
-def no_memory(prompts: Sequence[Sequence[int]]) -> contextlib.AbstractContextManager[None]:
-    """Write nothing: what `PromptMemory.write` is without a memory.
+def recalls(
+    model: nn.Module, mask_id: int, adapt: Adapt, lengths: Sequence[int], count: int
+) -> dict[str, float]:
+    """Recall on held-out questions of each length, for one value and for several.
 
     Args:
-        prompts: lists of token ids.
+        model, mask_id, adapt: as for `recall`.
+        lengths: tokens of an example, each at least 96.
+        count: questions of each kind.
 
     Returns:
-        A context that does nothing.
+        "recall_256_one" and so on, to the share.
     """
-    return contextlib.nullcontext()
+    found = {}
+    for length, (kind, several) in itertools.product(lengths, KINDS.items()):
+        asked = build_examples(
+            "validation", count, length, 1, recall_share=1.0, several_share=several
+        )
+        found[f"recall_{length}_{kind}"] = recall(model, asked, mask_id, adapt)
+    return found
 
 
 @torch.no_grad()
@@ -32,7 +46,7 @@ def recall(
     model: nn.Module,
     examples: Sequence[dict[str, Any]],
     mask_id: int,
-    write: Write = no_memory,
+    adapt: Adapt = no_memory,
 ) -> float:
     """The share of the asked values that stand in the response, in whatever order, as RULER scores.
 
@@ -44,16 +58,14 @@ def recall(
         model: as for `Backbone`, in evaluation mode.
         examples: recall examples of one length (`memdlm.demo.examples.build_examples`).
         mask_id: id of the mask token, which is never an answer.
-        write: writes a memory from prompts, and returns the context under which it is read.
+        adapt: `no_memory`, or `PromptMemory.adapt`.
 
     Returns:
         float in [0, 1].
     """
     backbone = Backbone(model)
-    weight, _ = backbone.head()
     right = asked = 0
-    for first in range(0, len(examples), ROWS_PER_BATCH):
-        batch = examples[first : first + ROWS_PER_BATCH]
+    for _, batch in adapted_batches(examples, ROWS_PER_BATCH, adapt, "recall"):
         tokens = torch.tensor([example["input_ids"] for example in batch])
         masked = torch.tensor([example["labels"] for example in batch]) >= 0
         starts = [example["value_positions"] for example in batch]
@@ -65,18 +77,9 @@ def recall(
             position = torch.tensor([start + i for start in own for i in range(VALUE_TOKENS)])
             rows[row, : len(position)] = position
             wanted[row, : len(position)] = tokens[row, position]
-        with write([row[~own].tolist() for row, own in zip(tokens, masked, strict=True)]):
-            noisy = tokens.masked_fill(masked, mask_id)
-            context = backbone.context(noisy, None, rows)
-            hidden = backbone.suffix(
-                backbone.prefix(noisy, context),
-                torch.arange(rows.numel()),
-                context,
-                contextlib.nullcontext(),
-            )  # [B * W, D]
-        logits = hidden @ weight.mT
-        logits[:, mask_id] = -torch.inf
-        filled = logits.argmax(-1).view_as(rows).unflatten(1, (-1, VALUE_TOKENS))
+        logits = token_logits(backbone, tokens.masked_fill(masked, mask_id), rows)  # [B, W, V]
+        logits[..., mask_id] = -torch.inf
+        filled = logits.argmax(-1).unflatten(1, (-1, VALUE_TOKENS))
         places = (wanted >= 0).unflatten(1, (-1, VALUE_TOKENS)).all(-1)  # [B, places]
         values = wanted.unflatten(1, (-1, VALUE_TOKENS))
         same = (filled[:, :, None] == values[:, None]).all(-1)  # [B, place, value]

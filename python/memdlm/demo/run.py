@@ -4,10 +4,8 @@ Both arms start from the base that ships with the package, which has learned to 
 hide facts in real text and ask for them; the response is what the text says.
 """
 
-import contextlib
 import copy
 import dataclasses
-import itertools
 import json
 import math
 import statistics
@@ -26,8 +24,9 @@ from memdlm.config import DiffusionConfig, MemoryConfig
 from memdlm.data.collator import MaskCollator
 from memdlm.demo.examples import BASE_FOLDER, build_examples, load_tokenizer
 from memdlm.demo.options import DemoOptions
-from memdlm.demo.recall import Write, no_memory, recall
-from memdlm.objective import MDLMObjective, MemDLMObjective, anchor_boundary, outer_loss
+from memdlm.demo.recall import recalls
+from memdlm.evaluation.held_out import Adapt, held_out_nll, no_memory
+from memdlm.objective import MDLMObjective, MemDLMObjective
 from memdlm.prompt_memory import PromptMemory
 from memdlm.report import write_report
 
@@ -38,13 +37,9 @@ WARMUP_STEPS = 10
 MAX_GRAD_NORM = 1.0
 RECALL_LENGTHS = (256, 512)
 RECALL_EXAMPLES = 64
-# The share of questions that ask for several values.
-VALUES = {"one": 0.0, "several": 1.0}
 NLL_EXAMPLES = 64
 # Each sequence counts the same: by tokens, the long continuations would drown the short answers.
 DIFFUSION = DiffusionConfig(loss_norm="sequence")
-# Every held-out example is masked so many times, which steadies the estimate of its NLL.
-NLL_DRAWS = 2
 
 
 @dataclass
@@ -197,68 +192,18 @@ def _evaluate(
     """Held-out NLL and recall, without a memory and with one that each prompt writes."""
     training = model.training
     model.eval()
-    memory = PromptMemory(
-        model,
-        DIFFUSION,
-        MemoryConfig(),
-        mask_token_id=tokenizer.mask_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        vocab_size=len(tokenizer),
-    )
+    ids = {"mask_token_id": tokenizer.mask_token_id, "pad_token_id": tokenizer.pad_token_id}
+    memory = PromptMemory(model, DIFFUSION, MemoryConfig(), vocab_size=len(tokenizer), **ids)
+    examples = build_examples("validation", NLL_EXAMPLES, LENGTH, 2)
     figures: dict[str, dict[str, float]] = {}
-    for state, write in (("memory off", no_memory), ("memory on", memory.write)):
-        with tqdm(total=1 + 2 * len(RECALL_LENGTHS), desc=f"{name}, {state}", leave=False) as bar:
-            own = {"nll": _held_out_nll(model, tokenizer, write)}
-            bar.update()
-            for length, (kind, several) in itertools.product(RECALL_LENGTHS, VALUES.items()):
-                asked = build_examples(
-                    "validation",
-                    RECALL_EXAMPLES,
-                    length,
-                    1,
-                    recall_share=1.0,
-                    several_share=several,
-                )
-                share = recall(model, asked, tokenizer.mask_token_id, write=write)
-                own[f"recall_{length}_{kind}"] = round(share, 4)
-                bar.update()
-        figures[state] = own
+    states: dict[str, Adapt] = {"memory off": no_memory, "memory on": memory.adapt}
+    for state, adapt in tqdm(states.items(), desc=f"measuring {name}", leave=False):
+        nll = held_out_nll(
+            model, examples, DIFFUSION, adapt=adapt, batch_size=BATCH_SIZE, seed=1, **ids
+        )
+        own = {"nll": nll.mean().item()}
+        own |= recalls(model, ids["mask_token_id"], adapt, RECALL_LENGTHS, RECALL_EXAMPLES)
+        figures[state] = {measure: round(value, 4) for measure, value in own.items()}
     memory.detach()
     model.train(training)
     return figures
-
-
-@torch.no_grad()
-def _held_out_nll(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    write: Write,
-) -> float:
-    """MDLM's bound on the NLL of held-out responses, each counted alike; nats per token."""
-    objective = MDLMObjective(model, DIFFUSION)
-    collator = _collator(tokenizer, None, seed=1)
-    examples = build_examples("validation", NLL_EXAMPLES, LENGTH, 2)
-    total = count = 0.0
-    for first in range(0, NLL_EXAMPLES, BATCH_SIZE):
-        chosen = examples[first : first + BATCH_SIZE]
-        reading = write([_prompt(example) for example in chosen])
-        for draw in range(NLL_DRAWS):
-            features = [
-                {**example, "example": first + row, "epoch": draw}
-                for row, example in enumerate(chosen)
-            ]
-            batch = collator(features)
-            # The layers below the memory never read it, so the whole pass may run under it.
-            with reading:
-                boundary = anchor_boundary(objective.backbone, batch)
-                loss = outer_loss(
-                    objective.backbone, boundary, batch["anchor"], contextlib.nullcontext(), 1.0
-                )
-            total += loss.item()
-            count += batch["normalizer"]
-    return round(total / count, 4)
-
-
-def _prompt(example: dict[str, Any]) -> list[int]:
-    pairs = zip(example["input_ids"], example["labels"], strict=True)
-    return [token for token, label in pairs if label < 0]

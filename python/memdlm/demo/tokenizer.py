@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from memdlm.demo.corpus import passages
+from memdlm.data.corpus import passages
 from memdlm.demo.needles import KEYS, answer, question, statement
 
 VOCABULARY = 4096

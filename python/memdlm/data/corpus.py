@@ -1,4 +1,4 @@
-"""The demo's English: texts that every Python installation carries."""
+"""Real English without a download: texts that every Python installation carries."""
 
 import ast
 import functools

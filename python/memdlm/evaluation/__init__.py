@@ -1,0 +1,1 @@
+"""What a trained model can do: probes of long context, losses and likelihoods."""
