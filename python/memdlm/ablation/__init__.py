@@ -1,0 +1,1 @@
+"""Grids of short training runs, and what each option changes."""
