@@ -42,8 +42,8 @@ class CausalBlocks:
             visible: [B, positions] bool, False for padding, or None.
 
         Returns:
-            [B or 1, 1, W, positions] bool, True where a query sees a key. Padding sees itself, so that no
-            query is left without a key.
+            [B or 1, 1, W, positions] bool, True where a query sees a key. Padding sees itself, so
+            that no query is left without a key.
         """
         keys = torch.arange(self.positions, device=rows.device)
         seen = self.sees(rows[..., None], keys)  # [B or 1, W, positions]
@@ -60,7 +60,8 @@ class CausalBlocks:
             like: any tensor with the dtype and device of the hidden state.
 
         Returns:
-            A `BlockMask`; [B or 1, 1, positions, positions] bool; or that as what is added to the scores.
+            A `BlockMask`; [B or 1, 1, positions, positions] bool; or that as what is added to the
+            scores.
 
         Raises:
             ValueError: another implementation.

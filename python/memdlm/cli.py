@@ -86,20 +86,105 @@ def plan(words: Sequence[str]) -> None:
     print(describe_plan(make_plan(options)))
 
 
+def bias(words: Sequence[str]) -> None:
+    """Measure the exposure bias of checkpoints, with the memory off and on, and draw it."""
+    from memdlm.bias import BiasOptions, run_bias
+
+    options = _read("bias", BiasOptions, words)
+    if options is not None:
+        print(run_bias(options))
+
+
+def ablate(words: Sequence[str]) -> None:
+    """Train and measure a grid of options: `memdlm ablate grid.yaml`, with a table for each."""
+    from memdlm.ablation.grid import Grid, read_grid
+    from memdlm.key_values import read_command_line
+
+    if not words or any(word in HELP for word in words):
+        print("\n".join(_help_of("ablate GRID.yaml", Grid)))
+        return
+    hints = get_type_hints(Grid)
+    grid = read_grid(words[0], read_command_line(words[1:], hints))
+
+    from memdlm.ablation.run import run_grid
+
+    print(run_grid(grid))
+
+
+def evaluate(words: Sequence[str]) -> None:
+    """Ask a model long-context questions, before training and after, memory off and on."""
+    from memdlm.evaluation.options import EvalOptions, sampler_hints
+    from memdlm.key_values import read_command_line, suggest, typed
+
+    own, others = get_type_hints(EvalOptions), sampler_hints()
+    if any(word in HELP for word in words):
+        names = textwrap.wrap(f"Options of the sampler: {', '.join(sorted(others))}.", 100)
+        print("\n".join([*_help_of("eval", EvalOptions), "", *names]))
+        return
+    known = others | own
+    given = read_command_line(words, known)
+    for key in given:
+        if key not in known:
+            raise ValueError(f"unknown key {key!r}{suggest(key, known)}")
+    values = {key: typed(key, value, known[key]) for key, value in given.items()}
+    sampler = {key: values.pop(key) for key in given if key in others}
+    options = EvalOptions(**values | {"sampler": values.get("sampler", {}) | sampler})
+
+    from memdlm.evaluation.run import run_eval
+
+    print(run_eval(options))
+
+
+def generate(words: Sequence[str]) -> None:
+    """Write responses to prompts, with a memory of the prompts or without."""
+    from memdlm.key_values import read_command_line, suggest, typed
+    from memdlm.sampler import SamplerConfig, sampler_config
+    from memdlm.sampler.aliases import ALIASES, PER_BLOCK
+    from memdlm.sampler.command import GenerateOptions, run_generate
+
+    if any(word in HELP for word in words):
+        print("\n".join([*_help_of("generate", GenerateOptions), *_sampler_help()]))
+        return
+    own, sampling = get_type_hints(GenerateOptions), get_type_hints(SamplerConfig)
+    sampling |= {name: sampling[ours] for name, ours in ALIASES.items()}
+    sampling |= {"alg": str, **dict.fromkeys(PER_BLOCK, int)}
+    given = read_command_line(words, own | sampling)
+    for key in given:
+        if key not in own | sampling:
+            raise ValueError(f"unknown key {key!r}{suggest(key, own | sampling)}")
+    if not given.get("model"):
+        raise ValueError("model must be given")
+    values = {key: typed(key, value, (own | sampling)[key]) for key, value in given.items()}
+    options = GenerateOptions(**{key: value for key, value in values.items() if key in own})
+    config = sampler_config({key: value for key, value in values.items() if key in sampling})
+    run_generate(options, config)
+
+
+def _sampler_help() -> list[str]:
+    """The help of a sampler's options, with their other names."""
+    from memdlm.key_values import describe
+    from memdlm.sampler import SamplerConfig
+    from memdlm.sampler.aliases import ALIASES, PER_BLOCK
+
+    hints, fields = get_type_hints(SamplerConfig), dataclasses.fields(SamplerConfig)
+    defaults = {field.name: f"default {_yaml(_default(field))}" for field in fields}
+    lines = ["", "Sampling"]
+    for name, meaning in _meanings(SamplerConfig).items():
+        lines += _entry(name, describe(hints[name]), defaults[name], meaning)
+    lines += ["", "Other names of these"]
+    lines += [f"  --{name}: {ours}" for name, ours in ALIASES.items()]
+    return lines + [f"  --{name}: {meaning}, for steps" for name, meaning in PER_BLOCK.items()]
+
+
 def _read(command: str, kind: type[Any], words: Sequence[str]) -> Any:
     """The options of a command, a dataclass; None where help was asked for, which it prints."""
-    from memdlm.key_values import describe, read_command_line, suggest, typed
+    from memdlm.key_values import read_command_line, suggest, typed
 
     hints = get_type_hints(kind)
-    defaults = {field.name: field.default for field in dataclasses.fields(kind)}
-    required = [name for name, default in defaults.items() if default is dataclasses.MISSING]
     if any(word in HELP for word in words):
-        lines = [f"usage: memdlm {command} [--key value ...]", ""]
-        for name, meaning in _meanings(kind).items():
-            default = "required" if name in required else f"default {_yaml(defaults[name])}"
-            lines += _entry(name, describe(hints[name]), default, meaning)
-        print("\n".join(lines))
+        print("\n".join(_help_of(command, kind)))
         return None
+    required = [field.name for field in dataclasses.fields(kind) if _is_required(field)]
     given = read_command_line(words, hints)
     for key in given:
         if key not in hints:
@@ -110,11 +195,38 @@ def _read(command: str, kind: type[Any], words: Sequence[str]) -> Any:
     return kind(**{key: typed(key, value, hints[key]) for key, value in given.items()})
 
 
+def _help_of(command: str, kind: type[Any]) -> list[str]:
+    """The help of a command whose options are a dataclass."""
+    from memdlm.key_values import describe
+
+    hints = get_type_hints(kind)
+    lines = [f"usage: memdlm {command} [--key value ...]", ""]
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for name, meaning in _meanings(kind).items():
+        field = fields[name]
+        default = "required" if _is_required(field) else f"default {_yaml(_default(field))}"
+        lines += _entry(name, describe(hints[name]), default, meaning)
+    return lines
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return _default(field) is dataclasses.MISSING
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    factory = field.default_factory
+    return field.default if factory is dataclasses.MISSING else factory()
+
+
 # A command is a function of the words after its name, and a line here.
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "ablate": ablate,
+    "bias": bias,
     "convert": convert,
     "demo": demo,
     "env": env,
+    "eval": evaluate,
+    "generate": generate,
     "plan": plan,
     "train": train,
 }

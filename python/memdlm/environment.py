@@ -16,6 +16,7 @@ _PACKAGES = (
     "datasets",
     "bitsandbytes",
     "flash-attn",
+    "lm-eval",
 )
 
 
