@@ -5,35 +5,33 @@ import random
 import string
 
 from memdlm.evaluation.tasks.example import Draft
-from memdlm.evaluation.tasks.text import draw_depths, hide
+from memdlm.evaluation.tasks.text import Prose, draw_depths, hide
 
 _HOPS = 4
 _LETTERS = 5
 _SHOT_LETTERS = 3
 _SHOT_FROM = 1024
-# RULER's noise, too, is a few idle sentences over and over.
-_FILLER = "The rain has stopped. The road is dry. The lamp is lit. On we walk. Home is far away."
+_SHOT_WORDS = 40
 
 
 def draft_variable_tracking(rng: random.Random, length: int) -> Draft:
-    """A value that goes through five variables, hidden in idle sentences.
+    """A value that goes through five variables, hidden in real text.
 
     Args:
         rng: random.Random.
         length: tokens of prompt and answer; from 1,024 on a solved example comes first.
 
     Returns:
-        Draft, whose size is in words of idle sentences.
+        Draft, whose size is in words of text.
     """
     names, value, lines = _chain(rng, _LETTERS)
     depths = draw_depths(rng, len(lines))
-    filler = _FILLER.split()
+    prose = Prose(rng)
     question = f"Question: Which variables hold the value {value}, directly or by assignment?"
     shot = _solved(rng) if length >= _SHOT_FROM else ""
 
     def body(words: int) -> str:
-        noise = list(itertools.islice(itertools.cycle(filler), words))
-        return shot + _ask(hide(noise, lines, depths), question)
+        return shot + _ask(hide(prose.words(words), lines, depths), question)
 
     return Draft(body, None, question, _prefix(value), tuple(names))
 
@@ -61,6 +59,6 @@ def _prefix(value: str) -> str:
 
 def _solved(rng: random.Random) -> str:
     names, value, lines = _chain(rng, _SHOT_LETTERS)
-    context = hide(_FILLER.split() * 2, lines, draw_depths(rng, len(lines)))
+    context = hide(Prose(rng).words(_SHOT_WORDS), lines, draw_depths(rng, len(lines)))
     question = f"Question: Which variables hold the value {value}, directly or by assignment?"
     return f"{_ask(context, question)}\n{_prefix(value)} {' '.join(names)}\n\n"
