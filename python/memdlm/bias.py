@@ -1,6 +1,7 @@
 """`memdlm bias`: the exposure bias of checkpoints, with and without a memory, in one figure."""
 
 import contextlib
+import gc
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,15 +14,13 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
-from memdlm.backbone import check_blocks
 from memdlm.data.dataset import load_examples, prepare_examples
-from memdlm.demo.examples import build_examples
-from memdlm.evaluation.exposure_bias import ExposureBias, exposure_bias
-from memdlm.evaluation.held_out import Adapt, no_memory
+from memdlm.demo.examples import build_examples, check_demo_tokenizer
+from memdlm.evaluation.exposure_bias import STEPS, ExposureBias, check_canvas, exposure_bias
+from memdlm.evaluation.held_out import Adapt, check_prompts, no_memory
 from memdlm.inference import Checkpoint, load_checkpoint
 from memdlm.prompt_memory import PromptMemory
 
-_DEMO = "demo"
 _DEMO_LENGTH = 256
 _COLOURS = ("#d08a2e", "#2e6fd0", "#3f9b5c", "#8a4fb0", "#9a9a9a", "#c0392b")
 
@@ -32,14 +31,16 @@ class BiasOptions:
 
     Attributes:
         models: checkpoints to compare: folders, with a comma in between.
-        names: their names in the figure, with a comma in between; the folders' own if not given.
-        dataset: examples with a prompt and a response, in the forms of `memdlm train`; "demo" is
-            the demo's held-out set, for models with its tokenizer.
+        names: their names in the figure, all different, with a comma in between; if not given,
+            those of the folders.
+        dataset: examples with a prompt and a response, in the forms of `memdlm train`; if not
+            given, the demo's held-out set, for models with its tokenizer.
         dataset_split: which split of a dataset that has several.
         count: how many examples, at least 2.
         memory: "off", "on", or "both"; "on" writes a memory from each prompt, which needs
             checkpoints that were trained with one; "both" leaves it off for those that were not.
-        ratios: how many mask ratios, evenly from 1 down to 1 over their number; at least 2.
+        steps: of the trajectory that denoises a response, at least 2; R is measured after each,
+            and depends on their number.
         batch_size: examples of a batch.
         max_length: most tokens of an example; the model's own limit if not given.
         out: folder of `bias.jsonl`, `bias.md` and `bias.png`.
@@ -53,11 +54,11 @@ class BiasOptions:
 
     models: str
     names: str | None = None
-    dataset: str = _DEMO
-    dataset_split: str = "train"
+    dataset: str | None = None
+    dataset_split: str | None = None
     count: int = 64
     memory: Literal["off", "on", "both"] = "both"
-    ratios: int = 10
+    steps: int = STEPS
     batch_size: int = 8
     max_length: int | None = None
     out: str = "runs/bias"
@@ -66,13 +67,18 @@ class BiasOptions:
     device: str | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("count", 2), ("ratios", 2), ("batch_size", 1), ("seed", 0)):
+        for name, least in (("count", 2), ("steps", 2), ("batch_size", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if self.names is not None and len(self.labels) != len(self.folders):
+        if len(self.labels) != len(self.folders):
             raise ValueError(
                 f"names must be as many as models, {len(self.folders)}, got {len(self.labels)}"
             )
+        if len(set(self.labels)) < len(self.labels):
+            raise ValueError(f"names must all be different, got {', '.join(self.labels)}")
+        for name in ("dataset_split", "max_length"):
+            if self.dataset is None and getattr(self, name) is not None:
+                raise ValueError(f"{name} would not be read: dataset is not given")
 
     @property
     def folders(self) -> list[str]:
@@ -82,7 +88,9 @@ class BiasOptions:
     @property
     def labels(self) -> list[str]:
         """Their names."""
-        return [name.strip() for name in (self.names or self.models).split(",")]
+        if self.names is None:
+            return [Path(folder).name for folder in self.folders]
+        return [name.strip() for name in self.names.split(",")]
 
 
 def run_bias(options: BiasOptions) -> str:
@@ -103,17 +111,31 @@ def run_bias(options: BiasOptions) -> str:
     except OSError as error:
         raise ValueError(f"out {out} cannot be written: {error.strerror}") from error
     curves: dict[str, ExposureBias] = {}
+    table = ""
     for name, folder in zip(options.labels, options.folders, strict=True):
-        checkpoint = load_checkpoint(folder, dtype=options.dtype, device=options.device)
-        examples = _examples(options, checkpoint)
-        for state in _states(options, checkpoint):
-            curves[f"{name}, memory {state}"] = _measure(options, checkpoint, examples, state)
-    rows = [row for name, curve in curves.items() for row in bias_rows(name, curve)]
-    (out / "bias.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    table = bias_table(curves)
-    (out / "bias.md").write_text(table + "\n", encoding="utf-8")
-    plot_bias(out / "bias.png", curves)
+        curves |= _curves(options, name, folder)
+        gc.collect()
+        # After each model: what was measured stays, should the next one fail.
+        rows = [row for each, curve in curves.items() for row in bias_rows(each, curve)]
+        (out / "bias.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        table = bias_table(curves)
+        (out / "bias.md").write_text(table + "\n", encoding="utf-8")
+        plot_bias(out / "bias.png", curves)
     return table
+
+
+def _curves(options: BiasOptions, name: str, folder: str) -> dict[str, ExposureBias]:
+    """What is measured of one model, which is let go of afterwards."""
+    checkpoint = load_checkpoint(folder, dtype=options.dtype, device=options.device)
+    check_canvas(checkpoint.diffusion.block_size)
+    states = _states(options, checkpoint)
+    examples = _examples(options, checkpoint)
+    if "on" in states:
+        check_prompts(examples)
+    return {
+        f"{name}, memory {state}": _measure(options, checkpoint, examples, state)
+        for state in states
+    }
 
 
 def _states(options: BiasOptions, checkpoint: Checkpoint) -> list[str]:
@@ -127,9 +149,10 @@ def _states(options: BiasOptions, checkpoint: Checkpoint) -> list[str]:
 
 
 def _examples(options: BiasOptions, checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    if options.dataset == _DEMO:
+    if options.dataset is None:
+        check_demo_tokenizer(checkpoint.tokenizer, checkpoint.folder)
         return build_examples("validation", options.count, _DEMO_LENGTH, 2)
-    loaded = load_examples(options.dataset, options.dataset_split)
+    loaded = load_examples(options.dataset, options.dataset_split or "train")
     prepared = prepare_examples(
         options.dataset,
         loaded.select(range(min(options.count, len(loaded)))),
@@ -144,8 +167,6 @@ def _examples(options: BiasOptions, checkpoint: Checkpoint) -> list[dict[str, An
 def _measure(
     options: BiasOptions, checkpoint: Checkpoint, examples: Sequence[dict[str, Any]], state: str
 ) -> ExposureBias:
-    block = checkpoint.diffusion.block_size
-    check_blocks(checkpoint.model.config, block)
     with contextlib.ExitStack() as stack:
         adapt: Adapt = no_memory
         if state == "on":
@@ -157,9 +178,8 @@ def _measure(
             examples,
             mask_token_id=checkpoint.mask_token_id,
             pad_token_id=checkpoint.pad_token_id,
-            ratios=[(i + 1) / options.ratios for i in range(options.ratios)],
+            steps=options.steps,
             adapt=adapt,
-            canvas_block=block,
             batch_size=options.batch_size,
             seed=options.seed,
         )
@@ -178,6 +198,7 @@ def bias_rows(name: str, curve: ExposureBias) -> list[dict[str, Any]]:
             {
                 "name": name,
                 "mask_ratio": round(ratio, 6),
+                "masked_share": round(curve.shares[i], 6),
                 "examples": len(curve.static),
                 **means,
                 "R": [round(part[i].item(), 6) for part in whole],
@@ -216,7 +237,7 @@ def plot_bias(path: Path, curves: dict[str, ExposureBias]) -> None:
         model = name.rpartition(", memory")[0] or name
         colour = _COLOURS[models.index(model) % len(_COLOURS)]
         style = "--" if name.endswith("memory on") else "-"
-        at = [100 * ratio for ratio in curve.ratios]
+        at = [100 * share for share in curve.shares]
         for panel, over in zip(panels, ("static", "remaining"), strict=False):
             R, low, high = curve.ratio(over)
             panel.plot(at, R, style, color=colour, label=name)

@@ -103,6 +103,8 @@ def ablate(words: Sequence[str]) -> None:
     if not words or any(word in HELP for word in words):
         print("\n".join(_help_of("ablate GRID.yaml", Grid)))
         return
+    if words[0].startswith("--"):
+        raise ValueError(f"the grid file must come first, got {words[0]!r}")
     hints = get_type_hints(Grid)
     grid = read_grid(words[0], read_command_line(words[1:], hints))
 
@@ -172,8 +174,7 @@ def _sampler_help() -> list[str]:
     for name, meaning in _meanings(SamplerConfig).items():
         lines += _entry(name, describe(hints[name]), defaults[name], meaning)
     lines += ["", "Other names of these"]
-    lines += [f"  --{name}: {ours}" for name, ours in ALIASES.items()]
-    return lines + [f"  --{name}: {meaning}, for steps" for name, meaning in PER_BLOCK.items()]
+    return lines + [f"  --{name}: {ours}" for name, ours in (ALIASES | PER_BLOCK).items()]
 
 
 def _read(command: str, kind: type[Any], words: Sequence[str]) -> Any:

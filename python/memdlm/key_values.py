@@ -80,17 +80,32 @@ def read_command_line(words: Sequence[str], hints: Mapping[str, Any]) -> dict[st
         key = key.replace("-", "_")
         if not equals:
             alone = not rest or rest[0].startswith("--")
+            if alone and key in hints and _is_text(hints[key]):
+                raise ValueError(f"{key} needs a value: --{key} TEXT, or --{key}=TEXT")
             text = "true" if alone else rest.pop(0)
         values[key] = _from_text(key, text, hints[key]) if key in hints else text
     return values
 
 
 def _from_text(key: str, text: str, hint: Any) -> Any:
-    """YAML's reading of the text if that has the type of the key, else the text itself."""
+    """YAML's reading of the text if that has the type of the key, else the text itself.
+
+    What is text stays as it is, quotes, comment signs and blanks too, but for the word null where
+    there may be none.
+    """
+    if _is_text(hint):
+        optional = type(None) in get_args(hint)
+        return None if optional and text == "null" else text
     try:
         return typed(key, yaml.load(text, Loader=_Loader), hint)
     except (ValueError, yaml.YAMLError):
         return text
+
+
+def _is_text(hint: Any) -> bool:
+    """Whether a key takes text, or null, and nothing else."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return str in kinds and set(kinds) <= {str, type(None)}
 
 
 def typed(key: str, value: Any, hint: Any) -> Any:

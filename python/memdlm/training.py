@@ -22,6 +22,8 @@ from memdlm.checkpoint import check_resumable, last_checkpoint
 from memdlm.data.collator import MaskCollator
 from memdlm.data.dataset import load_examples, prepare_examples
 from memdlm.evaluation.callback import ExposureBiasCallback
+from memdlm.evaluation.exposure_bias import check_canvas
+from memdlm.evaluation.held_out import check_prompts
 from memdlm.experts import PROJECTIONS as STACKED
 from memdlm.four_bit import four_bit_config, prepare_four_bit
 from memdlm.inference import first_line, known_mask_token
@@ -54,6 +56,8 @@ def train(run: Run) -> dict[str, float]:
         check_resumable(resume_from, collator, config, lora)
     train_examples, eval_examples = _load_data(run, config, tokenizer)
 
+    measured = _measured_examples(run, eval_examples)
+
     set_seed(arguments.seed)  # the outer LoRA is drawn before the Trainer seeds
     model = _load_model(options, config, lora)
     if run.memory is None:
@@ -69,15 +73,25 @@ def train(run: Run) -> dict[str, float]:
         memory_gap_steps=options.memory_gap_steps,
         processing_class=tokenizer,
     )
-    if options.exposure_bias_examples and eval_examples is not None:
-        count = min(options.exposure_bias_examples, len(eval_examples))
-        measured = [dict(example) for example in eval_examples.select(range(count))]
+    if measured:
         batch_size = arguments.per_device_eval_batch_size
         trainer.add_callback(ExposureBiasCallback(trainer, collator, measured, batch_size))
     trainer.train(resume_from_checkpoint=resume_from)
     trainer.save_model()
     trainer.save_state()
     return {} if eval_examples is None else trainer.evaluate()
+
+
+def _measured_examples(run: Run, examples: datasets.Dataset | None) -> list[dict[str, Any]]:
+    """The examples whose exposure bias is measured at each evaluation."""
+    count = run.options.exposure_bias_examples
+    if examples is None or count == 0:
+        return []
+    check_canvas(run.diffusion.block_size)
+    measured = [dict(example) for example in examples.select(range(min(count, len(examples))))]
+    if run.memory is not None:
+        check_prompts(measured)
+    return measured
 
 
 def _resume_folder(options: RunOptions, output_dir: str) -> str | None:

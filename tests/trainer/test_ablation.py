@@ -6,9 +6,10 @@ import pytest
 
 from memdlm.ablation import run as module
 from memdlm.ablation.grid import Grid, make_cells, read_grid
-from memdlm.ablation.report import spread
+from memdlm.ablation.report import ablation_table, spread
 from memdlm.ablation.task import base_keys
 from memdlm.cli import main
+from tests.trainer.trainer_case import tiny_model, tiny_tokenizer
 
 # As small as the demo's task gets.
 SMALL = """
@@ -109,12 +110,21 @@ def test_a_grid_runs_and_goes_on_where_it_was(tmp_path, capsys, trained):
         ("ablations: {s: {rank: [1]}}\nseeds: [1, 1]", "seeds must be different"),
         ("ablations: {s: {rank: [1]}}\nexamples: 1", "examples must be at least 2"),
         ("ablations: {s: {rank: [1]}}\nexample: 1", "unknown key 'example'"),
+        ("ablations: {a/b: {rank: [1]}}", "must have names of letters"),
+        ("ablations: {s: {rank: [1]}}\nrecall_lengths: [16]", "at least 96, got 16"),
+        ("ablations: {s: {rank: [1]}}\nrun: {max_steps: -1}", "max_steps must be at least 1"),
+        ("ablations: {s: {dataset: [a.jsonl]}}", "dataset must be the same for all runs"),
+        (
+            "ablations: {s: {rank: [1]}}\nrun: {dataset: a.jsonl, model: m}",
+            "run.eval_dataset must be given",
+        ),
         (
             "ablations: {s: {objective: [mdlm], rank: [1]}}",
             "ablation s, objective mdlm, rank 1: rank would not be read",
         ),
         (
-            "ablations: {s: {rank: [1]}}\nrun: {dataset: a.jsonl}\nrecall_lengths: [96]",
+            "ablations: {s: {rank: [1]}}\nrun: {dataset: a.jsonl, eval_dataset: b.jsonl}\n"
+            "recall_lengths: [96]",
             "recall_lengths is read with the demo's data alone",
         ),
     ],
@@ -127,10 +137,43 @@ def test_a_bad_grid_is_one_line_before_any_training(text, message, tmp_path, cap
     assert not trained
 
 
+def test_data_and_a_model_of_ones_own(tmp_path, capsys):
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    rows = [{"prompt": f"the magic number {i}", "response": "one two three"} for i in range(4)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = f"dataset: {tmp_path / 'data.jsonl'}, eval_dataset: {tmp_path / 'data.jsonl'}, "
+    run = f"run: {{model: {tmp_path / 'model'}, {data}max_steps: 1, use_cpu: true, rank: 2}}\n"
+    grid = tmp_path / "grid.yaml"
+    grid.write_text(run + "examples: 3\nablations: {steps: {inner_steps: [1, 2]}}\n")
+    assert main(["ablate", str(grid), "--out", str(tmp_path / "out")]) == 0
+    report = capsys.readouterr().out
+    assert "| inner_steps 2 | on |" in report
+    assert "| NLL | R | R_exposure | NLL minus the first row's |" in report
+    # The demo's examples are of no use to this model.
+    grid.write_text(run.replace(data, "") + "ablations: {steps: {inner_steps: [1]}}\n")
+    assert main(["ablate", str(grid), "--out", str(tmp_path / "other")]) == 2
+    assert "its tokenizer is not the demo's" in capsys.readouterr().err
+
+
 def test_the_command_line_wins_over_the_file(tmp_path):
     path = tmp_path / "grid.yaml"
     path.write_text("ablations: {rank: {rank: [1, 2]}}\nseeds: [1]\n")
     assert read_grid(str(path), {"seeds": [3]}).seeds == [3]
+
+
+def test_differences_are_paired_by_seed_and_example():
+    cells = cells_of(ablations={"rank": {"rank": [1, 2]}}, seeds=[0, 1])
+    nlls = {1: [[1.0, 2.0, 4.0], [1.0, 2.0, 4.0]], 2: [[1.0, 3.0, 6.0], [3.0, 3.0, 4.0]]}
+    rows = [
+        {"model": cell.model_name, "prompt_ratio": cell.prompt_ratio, "seed": cell.seed}
+        | {"memory": "off", "nll": 1.0, "keys": {}}
+        | {"nll_of_examples": nlls[cell.values["rank"]][cell.seed]}
+        for cell in cells
+    ]
+    table = ablation_table("rank", cells, rows)
+    assert table[2].endswith("|  |")
+    assert table[3].endswith("| +1.0000 ± 0.0000 |")
 
 
 def test_a_mean_has_its_spread_where_there_are_seeds():

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 
 from memdlm.cli import main, train_help
 from memdlm.config import DiffusionConfig, MemoryConfig
-from memdlm.key_values import read_yaml
+from memdlm.key_values import read_command_line, read_yaml
 from memdlm.models import LLaDA2MoeConfig
 from memdlm.options import REJECTED_ARGUMENTS, RunOptions, key_hints, make_run
 from memdlm.training import _lora_config
@@ -94,6 +94,21 @@ def test_the_commands_are_told(capsys):
     assert main([]) == 2
     assert main(["fly"]) == 2
     assert "command must be one of " in capsys.readouterr().err
+
+
+def test_text_of_the_command_line_stays_as_it_is():
+    hints = {"prompt": str | None, "count": int | None, "names": str, "flag": bool}
+    for text in ("What is C# ? # really", '"Hello"', "  two\n\n lines ", "~", "1e3", ""):
+        assert read_command_line(["--prompt", text], hints) == {"prompt": text}
+        assert read_command_line([f"--names={text}"], hints) == {"names": text}
+    assert read_command_line(["--prompt", "null", "--count", "3", "--flag"], hints) == {
+        "prompt": None,
+        "count": 3,
+        "flag": True,
+    }
+    for words in (["--prompt"], ["--prompt", "--flag"]):
+        with pytest.raises(ValueError, match="prompt needs a value"):
+            read_command_line(words, hints)
 
 
 def test_every_rejected_argument_has_one_of_the_trainers_names():

@@ -55,12 +55,11 @@ def test_each_evaluation_logs_the_ratio_and_training_is_not_moved(memory, tmp_pa
     curve = exposure_bias(
         trainer.model.model,
         EVALUATION,
-        ratios=RATIOS,
         mask_token_id=collator.mask_token_id,
         pad_token_id=collator.pad_token_id,
     )
     own = [logged(trainer, name)[-1] for name in NAMES]
-    torch.testing.assert_close(torch.tensor(own).double(), curve.ratio()[0][1:])
+    torch.testing.assert_close(torch.tensor(own).double(), curve.ratio()[0][list(RATIOS.values())])
 
 
 def test_the_key_of_memdlm_train(tmp_path, capsys):
@@ -75,4 +74,12 @@ def test_the_key_of_memdlm_train(tmp_path, capsys):
     assert "exposure_bias_examples would not be read" in capsys.readouterr().err
     assert main([*words.split(), "--eval_fraction", "0.5", "--eval_strategy", "epoch"]) == 0
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"text": "the magic number"}\n' * 4)
+    words = words.replace(str(data), str(texts)).replace(
+        str(tmp_path / "out"), str(tmp_path / "other")
+    )
+    assert main([*words.split(), "--eval_fraction", "0.5", "--eval_strategy", "epoch"]) == 2
+    assert "must each have a prompt" in capsys.readouterr().err
+    assert not (tmp_path / "other" / "trainer_state.json").exists()
     assert all(any(name in entry for entry in state["log_history"]) for name in NAMES)

@@ -1,61 +1,59 @@
 """NLL of held-out responses by example, and batches that lie in the memory of their prompts."""
 
 import contextlib
+import itertools
 
 import pytest
 import torch
 
-from memdlm.config import DiffusionConfig
-from memdlm.data.collator import MaskCollator
-from memdlm.evaluation.held_out import adapted_batches, held_out_nll, prompt_of
+from memdlm.evaluation.held_out import adapted_batches, check_prompts, prompt_of
+from memdlm.evaluation.nll import held_out_nll
 from tests.families import make_family_model
-from tests.tiny import MASK, PAD, VOCABULARY, make_features, make_model
+from tests.tiny import MASK, PAD, make_features, make_model
 
 SHAPES = [(12, 4), (9, 0), (5, 4), (11, 3)]
 IDS = {"mask_token_id": MASK, "pad_token_id": PAD}
 
 
 @torch.no_grad()
-def plain_nll(model, example, number, draws, seed, shift=False):
-    """The weighted sum over masked tokens, from all logits of the model."""
-    collator = MaskCollator(MASK, PAD, VOCABULARY, DiffusionConfig(), seed=seed)
+def exact_nll(model, example, shift):
+    """The bound over all masks of a short response, per token, from all logits of the model."""
+    truth = torch.tensor([example["input_ids"]])
+    response = [i for i, label in enumerate(example["labels"]) if label >= 0]
     total = 0.0
-    for draw in range(draws):
-        batch = collator([{**example, "example": number, "epoch": draw}])
-        noisy = batch["anchor"]["input_ids"]
-        logits = model(noisy, is_causal=False, use_cache=False).logits[0]
-        if shift:
-            logits = torch.cat((logits[:1], logits[:-1]))
-        log_p = logits.log_softmax(-1)
-        masked = (noisy[0] != batch["input_ids"][0]).nonzero().flatten().tolist()
-        weight = 1 / (batch["time"].item() + 1e-6)
-        truth = batch["input_ids"][0]
-        responses = sum(label >= 0 for label in example["labels"])
-        total += weight * sum(-log_p[i, truth[i]].item() for i in masked) / responses
-    return total / draws
+    for count in range(1, len(response) + 1):
+        subsets = list(itertools.combinations(response, count))
+        for masked in subsets:
+            noisy = truth.clone()
+            noisy[0, list(masked)] = MASK
+            logits = model(noisy, is_causal=False, use_cache=False).logits[0]
+            if shift:
+                logits = torch.cat((logits[:1], logits[:-1]))
+            log_p = logits.log_softmax(-1)
+            nll = -sum(log_p[i, truth[0, i]].item() for i in masked)
+            total += nll / count / len(subsets) / len(response)
+    return total
 
 
-@pytest.mark.parametrize("family", ["llama", "llada_moe", "dream"])
-def test_each_example_has_the_nll_of_a_plain_sum(family):
+@pytest.mark.parametrize("family", ["llama", "dream"])
+def test_the_nll_is_the_bound_per_token(family):
     model = (make_model() if family == "llama" else make_family_model(family)).eval()
-    examples = make_features(SHAPES)
-    own = held_out_nll(
-        model, examples, DiffusionConfig(loss_norm="token"), draws=3, batch_size=3, seed=7, **IDS
-    )
-    plain = [
-        plain_nll(model, each, number, 3, 7, shift=family == "dream")
-        for number, each in enumerate(examples)
-    ]
-    torch.testing.assert_close(own, torch.tensor(plain, dtype=torch.float64), rtol=1e-6, atol=0)
+    examples = make_features([(7, 4), (5, 4), (8, 3)])
+    own = held_out_nll(model, examples, draws=800, batch_size=3, seed=7, **IDS)
+    for each, example in zip(own.tolist(), examples, strict=True):
+        assert each == pytest.approx(exact_nll(model, example, family == "dream"), rel=0.03)
 
 
-def test_block_diffusion_pads_to_whole_blocks():
-    model = make_family_model("llada2").eval()
-    diffusion = DiffusionConfig(block_size=4)
-    examples = make_features(SHAPES)
-    together = held_out_nll(model, examples, diffusion, batch_size=4, **IDS)
-    alone = held_out_nll(model, examples, diffusion, batch_size=1, **IDS)
-    torch.testing.assert_close(together, alone)
+def test_a_gap_in_a_response_is_refused():
+    example = {"input_ids": [1, 2, 3, 4], "labels": [-100, 2, -100, 4]}
+    with pytest.raises(ValueError, match="no -100 in a response, got example 0"):
+        held_out_nll(make_model().eval(), [example], **IDS)
+
+
+def test_a_memory_needs_prompts():
+    check_prompts(make_features([(5, 1)]))
+    with pytest.raises(ValueError, match="none in example 1"):
+        check_prompts(make_features([(5, 1), (5, 0)]))
 
 
 def test_a_prompt_is_what_stands_before_the_first_label():

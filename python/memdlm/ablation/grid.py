@@ -4,16 +4,21 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
 from memdlm.config import MemoryConfig
+from memdlm.demo.examples import MIN_LENGTH
 from memdlm.key_values import read_yaml, suggest, typed
 from memdlm.options import Run, key_defaults, key_hints, make_run
 
 # Keys that only inference reads: what differs in these alone is trained once.
 INFERENCE_KEYS = ("prompt_ratio",)
 _OWN_KEYS = ("seed", "output_dir")
+# What every run is measured on cannot differ between them.
+_FIXED_KEYS = ("dataset", "dataset_split", "eval_dataset", "max_length")
+_NAME = re.compile(r"[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,10 @@ class Grid:
         if not self.ablations:
             raise ValueError("ablations must name at least one, got none")
         for name, options in self.ablations.items():
+            if not _NAME.fullmatch(str(name)):
+                raise ValueError(
+                    f"ablations must have names of letters, digits, . _ -, got {name!r}"
+                )
             if not isinstance(options, dict) or not options:
                 raise ValueError(f"ablations must map {name} to options, got {options!r}")
             for key, values in options.items():
@@ -58,6 +67,8 @@ class Grid:
                     raise ValueError(
                         f"ablations.{name}.{key} must be a list of values, got {values!r}"
                     )
+                if key in _FIXED_KEYS:
+                    raise ValueError(f"{key} must be the same for all runs: set it in run")
         if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds must be different whole numbers from 0, got {self.seeds}")
         for name, least in (("examples", 2), ("recall_examples", 1)):
@@ -65,6 +76,11 @@ class Grid:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.recall_lengths is not None and not self.on_demo:
             raise ValueError("recall_lengths is read with the demo's data alone, got a dataset")
+        for length in self.recall_lengths or ():
+            if length < MIN_LENGTH:
+                raise ValueError(f"recall_lengths must be at least {MIN_LENGTH}, got {length}")
+        if not self.on_demo and "eval_dataset" not in self.run:
+            raise ValueError("run.eval_dataset must be given beside run.dataset: it is measured on")
 
     @property
     def on_demo(self) -> bool:
@@ -174,6 +190,13 @@ def make_cells(grid: Grid, base: dict[str, Any]) -> list[Cell]:
                 keys = {k: v for k, v in keys.items() if k not in memory_keys or k in own}
             for seed in grid.seeds:
                 cell = Cell(name, own, seed, keys | {"seed": seed})
-                cell.check()
+                run = cell.check()
+                if grid.on_demo and run.arguments.max_steps < 1:
+                    raise ValueError(
+                        "max_steps must be at least 1 with the demo's data, which is made for so "
+                        f"many steps, got {run.arguments.max_steps}"
+                    )
+                if grid.exposure_bias and run.diffusion.block_size is not None:
+                    raise ValueError("exposure_bias must be false with block_size, got true")
                 cells.append(cell)
     return cells

@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from memdlm.ablation.grid import Cell, Grid
 
 _COLOURS = {"off": "#d08a2e", "on": "#2e6fd0"}
-_NOT_MEASURES = ("model", "prompt_ratio", "seed", "memory", "keys")
+_NOT_MEASURES = ("model", "prompt_ratio", "seed", "memory", "keys", "nll_of_examples")
 
 Row = dict[str, Any]
 
@@ -36,15 +36,19 @@ def write_report(out: Path, grid: Grid, cells: Sequence[Cell], rows: Sequence[Ro
     parts = []
     for name in grid.ablations:
         own = _collect(name, cells, rows)
+        if not own:
+            continue
         table = ablation_table(name, cells, rows)
         parts += [f"## {name}", "", *table, "", f"![{name}]({name}.png)", ""]
         _plot(out / f"{name}.png", name, own)
     seeds = ", ".join(map(str, grid.seeds))
+    several = " ± their standard deviation, which is that of training alone" * (len(grid.seeds) > 1)
     head = [
-        f"Mean over seeds {seeds}" + (" ± standard deviation." if len(grid.seeds) > 1 else "."),
-        "NLL in nats per token, lower is better; R is the exposure bias, sequential over static",
-        "loss, and R_exposure the part of it that the choice of tokens does not explain: mean over",
-        "mask ratios, 1 is none; recall in %.",
+        f"Means over seeds {seeds}{several}. NLL in nats per token, lower is better, of "
+        f"{grid.examples} held-out examples, the same with the same masks for every run; in the "
+        "last column the difference is paired by example, ± its standard error over them. R is "
+        "the exposure bias, sequential over static loss, and R_exposure the part of it that the "
+        "choice of tokens does not explain: means over mask ratios, 1 is none. Recall in %.",
         "",
     ]
     text = "\n".join(head + parts)
@@ -63,13 +67,30 @@ def ablation_table(name: str, cells: Sequence[Cell], rows: Sequence[Row]) -> lis
     own = _collect(name, cells, rows)
     seeds = len({cell.seed for cell in cells})
     measures = measures_of(next(iter(own.values())))
-    head = ["", "memory", *map(shown_name, measures)]
+    head = ["", "memory", *map(shown_name, measures), "NLL minus the first row's"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    first = next(iter(own.values()))
     for (shown, state), found in own.items():
         texts = [spread(measure, [row[measure] for row in found]) for measure in measures]
+        texts.append(_gain(found, first) if found is not first else "")
         left = "" if len(found) == seeds else f" ({len(found)} of {seeds} seeds)"
         lines.append("| " + " | ".join([shown + left, state, *texts]) + " |")
     return lines
+
+
+def _gain(rows: Sequence[Row], first: Sequence[Row]) -> str:
+    """Mean difference of the NLL and its standard error, paired by seed and example."""
+    seeds = [row["seed"] for row in rows if row["seed"] in {each["seed"] for each in first}]
+    if not seeds:
+        return ""
+    pairs = [
+        [next(r["nll_of_examples"] for r in side if r["seed"] == seed) for seed in seeds]
+        for side in (rows, first)
+    ]
+    own, base = ([statistics.fmean(each) for each in zip(*side, strict=True)] for side in pairs)
+    gaps = [ours - theirs for ours, theirs in zip(own, base, strict=True)]
+    error = statistics.stdev(gaps) / len(gaps) ** 0.5
+    return f"{statistics.fmean(gaps):+.4f} ± {error:.4f}"
 
 
 def _collect(

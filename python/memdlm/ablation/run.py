@@ -21,6 +21,7 @@ from memdlm.training import train
 
 ROWS_FILE = "rows.jsonl"
 _DONE_FILE = "trained.json"
+_MEASURES_FILE = "measures.json"
 
 
 def run_grid(grid: Grid) -> str:
@@ -44,19 +45,25 @@ def run_grid(grid: Grid) -> str:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"out {out} cannot be written: {error.strerror}") from error
-    _check_same_measures(grid, out)
     rows = read_rows(out)
+    if rows:
+        _check_same_measures(grid, out)
+    (out / _MEASURES_FILE).write_text(json.dumps(_measures(grid), indent=2) + "\n")
     done = {(row["model"], row["prompt_ratio"]) for row in rows}
-    with tqdm(total=len(cells), desc="cells") as bar:
-        for cell in cells:
-            key = (cell.model_name, cell.prompt_ratio)
-            if key not in done:
-                bar.set_postfix_str(f"{cell.ablation} {cell.values}, seed {cell.seed}")
-                _train(cell, out)
-                rows += _measure(grid, cell, out)
-                done.add(key)
-            bar.update()
-    return write_report(out, grid, cells, rows)
+    try:
+        with tqdm(total=len(cells), desc="cells") as bar:
+            for cell in cells:
+                key = (cell.model_name, cell.prompt_ratio)
+                if key not in done:
+                    bar.set_postfix_str(f"{cell.ablation} {cell.values}, seed {cell.seed}")
+                    _train(cell, out)
+                    rows += _measure(grid, cell, out)
+                    done.add(key)
+                bar.update()
+    finally:
+        # Of what there is, should a cell fail or somebody lose patience.
+        report = write_report(out, grid, cells, rows)
+    return report
 
 
 def read_rows(out: Path) -> list[dict[str, Any]]:
@@ -66,20 +73,20 @@ def read_rows(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
+def _measures(grid: Grid) -> dict[str, Any]:
+    names = ("examples", "exposure_bias", "recall_lengths", "recall_examples")
+    return {name: getattr(grid, name) for name in names}
+
+
 def _check_same_measures(grid: Grid, out: Path) -> None:
     """Rows of other measures beside these would be compared with them."""
-    names = ("examples", "exposure_bias", "recall_lengths", "recall_examples")
-    ours = {name: getattr(grid, name) for name in names}
-    path = out / "measures.json"
-    if path.exists():
-        theirs = json.loads(path.read_text())
-        for name, value in ours.items():
-            if theirs.get(name) != value:
-                raise ValueError(
-                    f"out {out} holds rows that were measured with {name} {theirs.get(name)}, got "
-                    f"{value}: choose another folder"
-                )
-    path.write_text(json.dumps(ours, indent=2) + "\n")
+    theirs = json.loads((out / _MEASURES_FILE).read_text())
+    for name, value in _measures(grid).items():
+        if theirs.get(name) != value:
+            raise ValueError(
+                f"out {out} holds rows that were measured with {name} {theirs.get(name)}, got "
+                f"{value}: choose another folder"
+            )
 
 
 def _train(cell: Cell, out: Path) -> None:

@@ -5,12 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoTokenizer
+
 from memdlm.ablation.grid import Cell, Grid
 from memdlm.data.dataset import load_examples, prepare_examples
-from memdlm.demo.examples import BASE_FOLDER, build_examples
+from memdlm.demo.examples import BASE_FOLDER, build_examples, check_demo_tokenizer
 from memdlm.demo.recall import recalls
 from memdlm.evaluation.exposure_bias import exposure_bias
-from memdlm.evaluation.held_out import Adapt, held_out_nll
+from memdlm.evaluation.held_out import Adapt
+from memdlm.evaluation.nll import held_out_nll
 from memdlm.inference import Checkpoint
 
 # The demo's run, as keys of `memdlm train`; `sources` puts its model and data in the place of DEMO.
@@ -49,10 +52,16 @@ def sources(cell: Cell, out: Path) -> dict[str, Any]:
 
     Returns:
         `model` and `dataset`, where they are the demo's.
+
+    Raises:
+        ValueError: the demo's examples for a model with another tokenizer.
     """
     found = {"model": str(BASE_FOLDER)} if cell.keys["model"] == DEMO else {}
     if cell.keys["dataset"] != DEMO:
         return found
+    if not found:
+        model = cell.keys["model"]
+        check_demo_tokenizer(AutoTokenizer.from_pretrained(model), model)
     count = cell.keys["max_steps"] * cell.keys["per_device_train_batch_size"]
     count *= cell.keys.get("gradient_accumulation_steps", 1)
     path = out / "data" / f"train-{count}-{cell.seed}.jsonl"
@@ -67,16 +76,10 @@ def sources(cell: Cell, out: Path) -> dict[str, Any]:
 
 
 def held_out_examples(grid: Grid, checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    """The examples that every run of a grid is measured on.
-
-    Raises:
-        ValueError: a grid with a `dataset` but without an `eval_dataset`.
-    """
+    """The examples that every run of a grid is measured on."""
     if grid.on_demo:
         return build_examples("validation", grid.examples, DEMO_LENGTH, 2)
-    name = grid.run.get("eval_dataset")
-    if name is None:
-        raise ValueError("run.eval_dataset must be given beside run.dataset: it is measured on")
+    name = grid.run["eval_dataset"]
     loaded = load_examples(name, grid.run.get("dataset_split", "train"))
     prepared = prepare_examples(
         name,
@@ -90,7 +93,7 @@ def held_out_examples(grid: Grid, checkpoint: Checkpoint) -> list[dict[str, Any]
 
 def measure(
     grid: Grid, checkpoint: Checkpoint, examples: Sequence[dict[str, Any]], adapt: Adapt
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """All figures of one trained model, with a memory or without.
 
     Args:
@@ -100,20 +103,18 @@ def measure(
         adapt: `no_memory`, or `PromptMemory.adapt`.
 
     Returns:
-        "nll" in nats per token; "R" and "R_exposure", the exposure bias, mean over the mask ratios
-        below 1; "recall_256_one" and so on, shares.
+        "nll" in nats per token, and `nll_of_examples` [n], whose mean it is; "R" and "R_exposure",
+        the exposure bias, mean over the mask ratios below 1; "recall_256_one" and so on, shares.
     """
     ids: dict[str, Any] = {
         "mask_token_id": checkpoint.mask_token_id,
         "pad_token_id": checkpoint.pad_token_id,
     }
-    nll = held_out_nll(checkpoint.model, examples, checkpoint.diffusion, adapt=adapt, seed=1, **ids)
+    block = checkpoint.diffusion.block_size
+    nll = held_out_nll(checkpoint.model, examples, block_size=block, adapt=adapt, seed=1, **ids)
     figures = {"nll": nll.mean().item()}
     if grid.exposure_bias:
-        block = checkpoint.diffusion.block_size
-        curve = exposure_bias(
-            checkpoint.model, examples, adapt=adapt, canvas_block=block, seed=1, **ids
-        )
+        curve = exposure_bias(checkpoint.model, examples, adapt=adapt, seed=1, **ids)
         for name, over in (("R", "static"), ("R_exposure", "remaining")):
             figures[name] = curve.ratio(over)[0][1:].mean().item()
     if grid.on_demo:
@@ -121,4 +122,5 @@ def measure(
         figures |= recalls(
             checkpoint.model, checkpoint.mask_token_id, adapt, lengths, grid.recall_examples
         )
-    return {name: round(value, 6) for name, value in figures.items()}
+    rounded = {name: round(value, 6) for name, value in figures.items()}
+    return rounded | {"nll_of_examples": [round(value, 6) for value in nll.tolist()]}

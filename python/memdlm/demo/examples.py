@@ -34,6 +34,23 @@ def load_tokenizer(folder: pathlib.Path = BASE_FOLDER) -> PreTrainedTokenizerBas
     return AutoTokenizer.from_pretrained(folder)
 
 
+def check_demo_tokenizer(tokenizer: PreTrainedTokenizerBase, model: str) -> None:
+    """Whether the demo's examples, which are token ids, mean anything to a model.
+
+    Args:
+        tokenizer: the model's.
+        model: its name, for the message.
+
+    Raises:
+        ValueError: another tokenizer than the demo's.
+    """
+    if tokenizer.get_vocab() != load_tokenizer().get_vocab():
+        raise ValueError(
+            f"dataset must be given for {model}: its tokenizer is not the demo's, whose examples "
+            "are the default"
+        )
+
+
 class DemoText:
     """The tokens of one split, and the windows and sentences that examples are made of.
 

@@ -25,7 +25,8 @@ from memdlm.data.collator import MaskCollator
 from memdlm.demo.examples import BASE_FOLDER, build_examples, load_tokenizer
 from memdlm.demo.options import DemoOptions
 from memdlm.demo.recall import recalls
-from memdlm.evaluation.held_out import Adapt, held_out_nll, no_memory
+from memdlm.evaluation.held_out import Adapt, no_memory
+from memdlm.evaluation.nll import held_out_nll
 from memdlm.objective import MDLMObjective, MemDLMObjective
 from memdlm.prompt_memory import PromptMemory
 from memdlm.report import write_report
@@ -192,15 +193,16 @@ def _evaluate(
     """Held-out NLL and recall, without a memory and with one that each prompt writes."""
     training = model.training
     model.eval()
-    ids = {"mask_token_id": tokenizer.mask_token_id, "pad_token_id": tokenizer.pad_token_id}
+    ids: dict[str, Any] = {
+        "mask_token_id": tokenizer.mask_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     memory = PromptMemory(model, DIFFUSION, MemoryConfig(), vocab_size=len(tokenizer), **ids)
     examples = build_examples("validation", NLL_EXAMPLES, LENGTH, 2)
     figures: dict[str, dict[str, float]] = {}
     states: dict[str, Adapt] = {"memory off": no_memory, "memory on": memory.adapt}
     for state, adapt in tqdm(states.items(), desc=f"measuring {name}", leave=False):
-        nll = held_out_nll(
-            model, examples, DIFFUSION, adapt=adapt, batch_size=BATCH_SIZE, seed=1, **ids
-        )
+        nll = held_out_nll(model, examples, adapt=adapt, batch_size=BATCH_SIZE, seed=1, **ids)
         own = {"nll": nll.mean().item()}
         own |= recalls(model, ids["mask_token_id"], adapt, RECALL_LENGTHS, RECALL_EXAMPLES)
         figures[state] = {measure: round(value, 4) for measure, value in own.items()}

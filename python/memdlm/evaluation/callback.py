@@ -6,12 +6,13 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from memdlm.data.collator import MaskCollator
-from memdlm.evaluation.exposure_bias import exposure_bias
-from memdlm.evaluation.held_out import Adapt, no_memory
+from memdlm.evaluation.exposure_bias import check_canvas, exposure_bias
+from memdlm.evaluation.held_out import Adapt, check_prompts, no_memory
 from memdlm.objective import MDLMObjective
 from memdlm.prompt_memory import PromptMemory
 
-RATIOS = (0.75, 0.5, 0.25)
+# Steps of the trajectory whose R is logged, by the mask ratio that they have come to.
+RATIOS = {0.8: 2, 0.5: 5, 0.2: 8}
 
 
 class ExposureBiasCallback(TrainerCallback):
@@ -25,6 +26,9 @@ class ExposureBiasCallback(TrainerCallback):
         collator: the run's.
         examples: with `input_ids` and `labels`; their responses are predicted.
         batch_size: examples of a batch.
+
+    Raises:
+        ValueError: block diffusion, or with a memory an example without a prompt.
     """
 
     def __init__(
@@ -34,6 +38,9 @@ class ExposureBiasCallback(TrainerCallback):
         examples: Sequence[dict[str, Any]],
         batch_size: int,
     ) -> None:
+        check_canvas(collator.diffusion.block_size)
+        if collator.memory is not None:
+            check_prompts(examples)
         self._trainer = trainer
         self._collator = collator
         self._examples = examples
@@ -44,44 +51,40 @@ class ExposureBiasCallback(TrainerCallback):
     ) -> None:
         """Measure, and log."""
         objective: MDLMObjective = self._trainer.accelerator.unwrap_model(self._trainer.model)
-        training = objective.training
+        modes = [(module, module.training) for module in objective.modules()]
         objective.eval()
         try:
             self._trainer.log(self._measure(objective))
         finally:
-            objective.train(training)
+            for module, training in modes:
+                module.training = training
 
     def _measure(self, objective: MDLMObjective) -> dict[str, float]:
+        found = self._ratios(objective, no_memory, "")
         collator = self._collator
-        ids: dict[str, Any] = {
-            "mask_token_id": collator.mask_token_id,
-            "pad_token_id": collator.pad_token_id,
-        }
-        states: dict[str, Adapt] = {"": no_memory}
-        memory = None
-        if collator.memory is not None:
-            memory = PromptMemory(
-                objective.model,
-                collator.diffusion,
-                collator.memory,
-                vocab_size=collator.vocab_size,
-                seed=collator.seed,
-                **ids,
-            )
-            states["_with_memory"] = memory.adapt
-        found: dict[str, float] = {}
-        for name, adapt in states.items():
-            curve = exposure_bias(
-                objective.model,
-                self._examples,
-                ratios=RATIOS,
-                adapt=adapt,
-                canvas_block=collator.diffusion.block_size,
-                batch_size=self._batch_size,
-                **ids,
-            )
-            pairs = zip(curve.ratios, curve.ratio()[0].tolist(), strict=True)
-            found |= {f"eval_exposure_bias_{r}{name}": R for r, R in pairs if r in RATIOS}
-        if memory is not None:
+        if collator.memory is None:
+            return found
+        memory = PromptMemory(
+            objective.model,
+            collator.diffusion,
+            collator.memory,
+            mask_token_id=collator.mask_token_id,
+            pad_token_id=collator.pad_token_id,
+            vocab_size=collator.vocab_size,
+            seed=collator.seed,
+        )
+        try:
+            return found | self._ratios(objective, memory.adapt, "_with_memory")
+        finally:
             memory.detach()
-        return found
+
+    def _ratios(self, objective: MDLMObjective, adapt: Adapt, suffix: str) -> dict[str, float]:
+        R, _, _ = exposure_bias(
+            objective.model,
+            self._examples,
+            mask_token_id=self._collator.mask_token_id,
+            pad_token_id=self._collator.pad_token_id,
+            adapt=adapt,
+            batch_size=self._batch_size,
+        ).ratio()
+        return {f"eval_exposure_bias_{at}{suffix}": R[step].item() for at, step in RATIOS.items()}

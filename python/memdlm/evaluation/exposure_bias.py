@@ -5,7 +5,7 @@ After the paper's figure 3 (arXiv 2603.22241): R = L_seq / L_static at each mask
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from memdlm.backbone import Backbone
 from memdlm.data.collator import IGNORE_INDEX
 from memdlm.evaluation.held_out import Adapt, adapted_batches, no_memory
-from memdlm.inference import token_logits
+from memdlm.inference import token_hidden
 
-RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+STEPS = 10
 _RESAMPLES = 1_000
 _CONFIDENCE = 0.95
+# Logits are made for so many rows at a time.
+_LOGIT_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,9 @@ class ExposureBias:
     what reading predictions in place of the truth costs.
 
     Attributes:
-        ratios: [m], the share of response tokens that is masked, falling from 1.
+        ratios: [m], the mask ratios of the trajectory, falling from 1.
+        shares: [m], the share of the response tokens that is masked then, mean over the examples:
+            a response has whole tokens, and one at least is masked.
         static: [n, m] float64, random tokens masked, the others true: the training condition.
         sequential: [n, m] float64, the response denoised from all masked down to the ratio; what is
             revealed are the model's own predictions, the surest first: the inference condition.
@@ -40,6 +44,7 @@ class ExposureBias:
     """
 
     ratios: tuple[float, ...]
+    shares: tuple[float, ...]
     static: Tensor
     sequential: Tensor
     remaining: Tensor
@@ -71,6 +76,24 @@ class ExposureBias:
         return self.sequential.mean(0) / below.mean(0), ends[0], ends[1]
 
 
+def trajectory_ratios(steps: int) -> tuple[float, ...]:
+    """The mask ratios of a trajectory of so many steps: 1, 1 - 1/steps, ..., 1/steps."""
+    return tuple(1 - step / steps for step in range(steps))
+
+
+def check_canvas(block_size: int | None) -> None:
+    """Whether a model has the two conditions that are compared.
+
+    Raises:
+        ValueError: block diffusion, which finishes one block before it begins the next.
+    """
+    if block_size is not None:
+        raise ValueError(
+            "block_size must be None: the exposure bias is measured along a trajectory that "
+            f"denoises the whole response, which block diffusion never does, got {block_size}"
+        )
+
+
 @torch.no_grad()
 def exposure_bias(
     model: nn.Module,
@@ -78,53 +101,53 @@ def exposure_bias(
     *,
     mask_token_id: int,
     pad_token_id: int,
-    ratios: Sequence[float] = RATIOS,
+    steps: int = STEPS,
     adapt: Adapt = no_memory,
-    canvas_block: int | None = None,
     batch_size: int = 8,
     seed: int = 0,
 ) -> ExposureBias:
     """Measure both losses on examples whose response is known.
 
-    One forward for each ratio and loss. Between two ratios the sequential trajectory reveals, all
-    at once, as many tokens as it takes: those whose most likely token is most probable, which that
-    token then fills (greedy, low-confidence remasking).
+    The trajectory takes `steps` steps, and every ratio that it passes is measured. A step reveals
+    the tokens whose most likely token is most probable, which that token then fills (greedy,
+    low-confidence remasking). R depends on the number of steps: in fewer, more is guessed at once.
 
     Args:
-        model: as for `Backbone`, in evaluation mode.
+        model: as for `Backbone`, in evaluation mode; not one of block diffusion.
         examples: with `input_ids` and `labels`, -100 on the prompt; at least one label each.
         mask_token_id: the mask token, which is never predicted.
         pad_token_id: fills a batch.
-        ratios: mask ratios in (0, 1]; 1 is measured first, whether it is asked for or not.
+        steps: of the trajectory, at least 2.
         adapt: `no_memory`, or `PromptMemory.adapt`: a memory of the prompt alone.
-        canvas_block: for a model of block diffusion, which sees no later block: see
-            `Backbone.context`.
-        batch_size: examples of a batch; [batch, response, vocabulary] logits are made of it.
+        batch_size: examples of a batch.
         seed: of the static masks.
 
     Returns:
         The losses.
 
     Raises:
-        ValueError: no example, one without a response, or a ratio outside (0, 1].
+        ValueError: no example, one without a response, or fewer than 2 steps.
     """
     if not examples:
         raise ValueError("examples must hold at least one, got none")
     for number, example in enumerate(examples):
         if all(label == IGNORE_INDEX for label in example["labels"]):
             raise ValueError(f"examples must each have a response, got none in number {number}")
-    for ratio in ratios:
-        if not 0 < ratio <= 1:
-            raise ValueError(f"ratios must be in (0, 1], got {ratio}")
-    asked = tuple(sorted({1.0, *ratios}, reverse=True))
+    if steps < 2:
+        raise ValueError(f"steps must be at least 2, got {steps}")
     backbone = Backbone(model)
-    parts = []
+    ratios = trajectory_ratios(steps)
+    parts, shares = [], []
     for first, batch in adapted_batches(examples, batch_size, adapt, "exposure bias"):
-        responses = _Responses(backbone, batch, mask_token_id, pad_token_id, canvas_block)
+        responses = _Responses(backbone, batch, mask_token_id, pad_token_id)
         priority = _priorities(responses.counts, responses.positions.shape[1], first, seed)
-        parts.append(responses.measure(asked, priority))
+        parts.append(responses.measure(ratios, priority))
+        shares.append(
+            torch.stack([responses.masked_count(r) / responses.counts for r in ratios], dim=1)
+        )
     losses = torch.cat(parts)  # [n, m, 3]
-    return ExposureBias(asked, *losses.unbind(-1))
+    mean_shares = torch.cat(shares).double().mean(0).tolist()
+    return ExposureBias(ratios, tuple(mean_shares), *losses.unbind(-1))
 
 
 def _priorities(counts: Tensor, width: int, first: int, seed: int) -> Tensor:
@@ -136,16 +159,23 @@ def _priorities(counts: Tensor, width: int, first: int, seed: int) -> Tensor:
     return priority
 
 
+class _Predicted(NamedTuple):
+    """Of each of W places, 0 where it is not masked.
+
+    Keys: `nll` [B, W] float64 of the truth; `token` [B, W] int64, the most likely, and `sure`
+    [B, W] float64, its log-probability.
+    """
+
+    nll: Tensor
+    token: Tensor
+    sure: Tensor
+
+
 class _Responses:
     """A batch of examples, seen as W places for response tokens in each row."""
 
     def __init__(
-        self,
-        backbone: Backbone,
-        batch: Sequence[dict[str, Any]],
-        mask_id: int,
-        pad_id: int,
-        canvas_block: int | None,
+        self, backbone: Backbone, batch: Sequence[dict[str, Any]], mask_id: int, pad_id: int
     ) -> None:
         device = backbone.head()[0].device
         length = max(len(example["input_ids"]) for example in batch)
@@ -158,7 +188,7 @@ class _Responses:
             labels[row, :own] = torch.as_tensor(example["labels"])
             visible[row, :own] = True
         response = labels != IGNORE_INDEX
-        self.counts = response.sum(1)  # [B]
+        self.counts = response.sum(1)  # [B], on the host
         width = int(self.counts.max())
         # Response tokens first, in order; surplus places hold the row's other positions.
         self.positions = (~response).int().argsort(dim=1, stable=True)[:, :width].to(device)
@@ -168,55 +198,68 @@ class _Responses:
         self.truth = self.ids.gather(1, self.positions)
         self.backbone = backbone
         self.mask_id = mask_id
-        self.canvas_block = canvas_block
+
+    def masked_count(self, ratio: float) -> Tensor:
+        """[B] int64 on the host: the nearest whole number of tokens, at least one."""
+        return (ratio * self.counts).round().long().clamp_min(1)
 
     def measure(self, ratios: Sequence[float], priority: Tensor) -> Tensor:
         """Static, sequential and remaining loss at each ratio: [B, m, 3] float64."""
         priority = priority.to(self.truth.device)
-        counts = self.counts.to(self.truth.device)
         masked, filled = self.real, self.truth
-        logits = torch.empty(0)
+        own = None
         losses = []
-        for number, ratio in enumerate(ratios):
-            keep = (ratio * counts + 1e-9).long().clamp_min(1)  # masked tokens of each row
-            if number > 0:
-                guess = logits.max(-1)
-                surest = (guess.values - logits.logsumexp(-1)).masked_fill(~masked, torch.inf)
-                still = _smallest(surest, keep) & masked
-                filled = torch.where(masked & ~still, guess.indices, filled)
+        for ratio in ratios:
+            keep = self.masked_count(ratio).to(self.truth.device)
+            if own is not None:
+                still = _smallest(own.sure.masked_fill(~masked, torch.inf), keep) & masked
+                filled = torch.where(masked & ~still, own.token, filled)
                 masked = still
-            logits = self._logits(filled, masked)
-            truth_beside = self._logits(self.truth, masked)
+            own = self._predict(filled, masked)
             random = _smallest(priority, keep) & self.real
-            losses.append(
-                torch.stack(
-                    [
-                        self._loss(self._logits(self.truth, random), random),
-                        self._loss(logits, masked),
-                        self._loss(truth_beside, masked),
-                    ],
-                    dim=-1,
-                )
+            nlls = (
+                self._predict(self.truth, random).nll,
+                own.nll,
+                self._predict(self.truth, masked).nll,
             )
+            losses.append(torch.stack([nll.sum(1) / keep for nll in nlls], dim=-1))
         return torch.stack(losses, dim=1).cpu()
 
-    def _logits(self, tokens: Tensor, masked: Tensor) -> Tensor:
-        """[B, W, V] in float32 or wider, from a response of these tokens with some masked."""
+    def _predict(self, tokens: Tensor, masked: Tensor) -> _Predicted:
+        """Predict the masked tokens of a response from the others; only those pass the head."""
         noisy = tokens.masked_fill(masked, self.mask_id)
         own = torch.where(self.real, noisy, self.ids.gather(1, self.positions))
         ids = self.ids.scatter(1, self.positions, own)
-        logits = token_logits(
-            self.backbone, ids, self.positions, self.mask, canvas_block=self.canvas_block
-        )
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        logits[..., self.mask_id] = -torch.inf
-        return logits
+        # Masked places first, so that as few as there are get a hidden state.
+        width = int(masked.sum(1).max())
+        order = (~masked).int().argsort(dim=1, stable=True)[:, :width]  # [B, width]
+        hidden = token_hidden(self.backbone, ids, self.positions.gather(1, order), self.mask)
+        wanted = masked.gather(1, order)
+        found = self._read(hidden[wanted], self.truth.gather(1, order)[wanted])
+        places = (torch.arange(len(order), device=order.device)[:, None] * masked.shape[1] + order)[
+            wanted
+        ]
+        whole = [
+            part.new_zeros(masked.numel()).index_copy(0, places, part).view_as(masked)
+            for part in found
+        ]
+        return _Predicted(*(part.view(masked.shape) for part in whole))
 
-    def _loss(self, logits: Tensor, masked: Tensor) -> Tensor:
-        """Mean NLL of the truth at the masked tokens of each row: [B] float64."""
-        nll = F.cross_entropy(logits.flatten(0, 1), self.truth.flatten(), reduction="none")
-        kept = nll.view_as(self.truth).double() * masked
-        return kept.sum(1) / masked.sum(1)
+    def _read(self, hidden: Tensor, truth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[M] each: NLL of the truth, the most likely token, its log-probability."""
+        weight, bias = self.backbone.head()
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        rows = max(1, _LOGIT_BYTES // (weight.shape[0] * dtype.itemsize))
+        parts = []
+        for own, target in zip(hidden.split(rows), truth.split(rows), strict=True):
+            logits = F.linear(own, weight, bias).to(dtype)
+            logits[:, self.mask_id] = -torch.inf
+            log_sum = logits.logsumexp(-1)
+            best = logits.max(-1)
+            nll = log_sum - logits.gather(1, target[:, None])[:, 0]
+            parts.append((nll.double(), best.indices, (best.values - log_sum).double()))
+        nll, token, sure = (torch.cat(part) for part in zip(*parts, strict=True))
+        return nll, token, sure
 
 
 def _smallest(values: Tensor, count: Tensor) -> Tensor:

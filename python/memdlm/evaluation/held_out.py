@@ -1,20 +1,12 @@
-"""Held-out examples in batches, each under the memory of its prompt, and their NLL."""
+"""Held-out examples in batches, each under the memory of its prompt."""
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
-from accelerate.utils import send_to_device
-from torch import Tensor, nn
 from tqdm import tqdm
 
-from memdlm.backbone import Backbone
-from memdlm.config import DiffusionConfig
-from memdlm.data.collator import IGNORE_INDEX, MaskCollator
-from memdlm.objective import anchor_boundary
-from memdlm_kernels import masked_linear_cross_entropy
+from memdlm.data.collator import IGNORE_INDEX
 
 # Takes prompts, B lists of token ids; in its context the model reads a memory of them.
 Adapt = Callable[[Sequence[Sequence[int]]], contextlib.AbstractContextManager[Any]]
@@ -30,6 +22,20 @@ def prompt_of(example: dict[str, Any]) -> list[int]:
     labels = list(example["labels"])
     first = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
     return list(example["input_ids"][:first])
+
+
+def check_prompts(examples: Sequence[dict[str, Any]]) -> None:
+    """Whether a memory can be written of each example's prompt.
+
+    Raises:
+        ValueError: an example without a prompt; names it.
+    """
+    for number, example in enumerate(examples):
+        if not prompt_of(example):
+            raise ValueError(
+                "examples must each have a prompt where a memory is written from it, got none in "
+                f"example {number}"
+            )
 
 
 def adapted_batches(
@@ -52,63 +58,3 @@ def adapted_batches(
             with adapt([prompt_of(example) for example in batch]):
                 yield first, batch
             bar.update(len(batch))
-
-
-@torch.no_grad()
-def held_out_nll(
-    model: nn.Module,
-    examples: Sequence[dict[str, Any]],
-    diffusion: DiffusionConfig,
-    *,
-    mask_token_id: int,
-    pad_token_id: int,
-    adapt: Adapt = no_memory,
-    draws: int = 2,
-    batch_size: int = 8,
-    seed: int = 0,
-) -> Tensor:
-    """MDLM's bound on the NLL of responses: the outer loss of training, memory off or on.
-
-    With a memory it is written from the prompt alone: nothing of the response is seen.
-
-    Args:
-        model: as for `Backbone`, in evaluation mode.
-        examples: with `input_ids` and `labels`.
-        diffusion: noise and weights; each example counts alike, whatever its `loss_norm`.
-        mask_token_id, pad_token_id: as for `MaskCollator`.
-        adapt: `no_memory`, or `PromptMemory.adapt`.
-        draws: how often each example is masked, which steadies the estimate; at least 1.
-        batch_size: examples of a batch.
-        seed: of the masks.
-
-    Returns:
-        [n] float64, nats per response token of each example.
-    """
-    backbone = Backbone(model, block_size=diffusion.block_size)
-    weight, bias = backbone.head()
-    collator = MaskCollator(
-        mask_token_id,
-        pad_token_id,
-        backbone.config.vocab_size,
-        dataclasses.replace(diffusion, loss_norm="sequence"),
-        seed=seed,
-        pad_to_multiple_of=diffusion.block_size or 1,
-        right_shift_logits=backbone.right_shift_logits,
-    )
-    found = torch.zeros(len(examples), dtype=torch.float64)
-    for first, batch in adapted_batches(examples, batch_size, adapt, "held-out NLL"):
-        for draw in range(draws):
-            features = [
-                {**example, "example": first + row, "epoch": draw}
-                for row, example in enumerate(batch)
-            ]
-            made = send_to_device(collator(features), weight.device)
-            anchor = made["anchor"]
-            boundary = anchor_boundary(backbone, made)
-            hidden = backbone.suffix(
-                boundary.activations, anchor["valid"], boundary.context, contextlib.nullcontext()
-            )  # [M, D]
-            nll = masked_linear_cross_entropy(hidden, weight, anchor["target"], bias=bias)
-            share = (nll.double() * anchor["weight"]).cpu() / draws
-            found.index_add_(0, first + anchor["sample"].cpu(), share)
-    return found
