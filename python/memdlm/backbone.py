@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,10 @@ FAMILIES = ("llama", "qwen2", "qwen3", "olmoe", "llada", "llada2_moe", "Dream")
 
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 FFN_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+# Of each decoder with experts: the function that ran them before, and the backbones that need ours.
+_before: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
+_users: WeakKeyDictionary[nn.Module, WeakSet[Any]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,7 @@ class Backbone:
 
     Replaces `model(input_ids, attention_mask).logits[masked]` without the [B, L, V] logits and
     without the last layer's unread rows. Called the ordinary way, the model computes what it did,
-    its stacked experts by another function.
+    its stacked experts by another function (other in the last digits) until `release`.
 
     With a block size b it is block diffusion instead (BD3-LM, LLaDA2.x): the noisy tokens and the
     clean ones run side by side, and a noisy token sees its own block of b noisy tokens and the
@@ -137,9 +142,29 @@ class Backbone:
         self.head()
         for layer in self.layers:
             if _is_sparse(layer.mlp):
-                own = experts.stacked_experts(layer.mlp.experts)
-                own.config._experts_implementation = experts.IMPLEMENTATION
+                self._run_experts_here(experts.stacked_experts(layer.mlp.experts).config)
         self.activation_width = self._activation_width()
+
+    def _run_experts_here(self, config: Any) -> None:
+        if config._experts_implementation != experts.IMPLEMENTATION:
+            _before[self.decoder] = config._experts_implementation
+            config._experts_implementation = experts.IMPLEMENTATION
+        _users.setdefault(self.decoder, WeakSet()).add(self)
+
+    def release(self) -> None:
+        """Let experts run as before the first backbone of the model; the last one to go does it.
+
+        It runs none of a model of experts afterwards.
+        """
+        others = _users.get(self.decoder, WeakSet())
+        others.discard(self)
+        if self.decoder not in _before or others:
+            return
+        before = _before.pop(self.decoder)
+        for layer in self.layers:
+            if _is_sparse(layer.mlp):
+                own = experts.stacked_experts(layer.mlp.experts)
+                own.config._experts_implementation = before
 
     def head(self) -> tuple[Tensor, Tensor | None]:
         """Weight [V, D] and bias [V] or None of the output layer.

@@ -1,7 +1,9 @@
 """A trained model as inference needs it: loaded with what it was trained with, and its logits."""
 
 import contextlib
+import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,12 @@ from memdlm.checkpoint import METHOD_FILE
 from memdlm.config import DiffusionConfig, MemoryConfig
 from memdlm.four_bit import four_bit_config, prepare_four_bit
 
+# Tokens of a block that published block-diffusion models were trained with; their configs do not
+# say.
+PUBLISHED_BLOCK_SIZES = {"llada2_moe": 32}
+# What `method_of` says.
+_METHOD_KEYS = ("objective", "mask_token_id", "seed", "diffusion", "memory")
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -27,7 +35,8 @@ class Checkpoint:
         model: in evaluation mode, on its device.
         tokenizer: saved with it, or with its base.
         mask_token_id: of the mask token.
-        diffusion: what it was trained with; the defaults where the folder does not say.
+        diffusion: what it was trained with, from the folder's `memdlm.json`; where there is none,
+            the defaults, with blocks of 32 tokens for LLaDA2.x, as published.
         memory: likewise; None for a model that was trained without a memory.
         folder: where it is from.
     """
@@ -78,7 +87,7 @@ def load_checkpoint(
         folder: what `memdlm train` or `memdlm convert` wrote (a model or a PEFT adapter), or any
             model of a known family, as a folder or a hub name.
         dtype: of the weights: "auto" is what they were saved in, or "float32", "bfloat16".
-        device: where it goes; None for the first GPU if there is one.
+        device: where it goes, as PyTorch names it; None for the first GPU if there is one.
         attn_implementation: attention of transformers.
         load_in_4bit: quantise the weights to NF4 (bitsandbytes).
 
@@ -86,10 +95,12 @@ def load_checkpoint(
         The checkpoint.
 
     Raises:
-        ValueError: it cannot be read, is of another family, or has no mask token.
+        ValueError: it cannot be read, is of another family, or has no mask token; a device that is
+            not here.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    where = _device(device)
     path = Path(folder)
+    method = _method(path / METHOD_FILE)
     is_adapter = (path / "adapter_config.json").is_file()
     try:
         base = folder
@@ -103,14 +114,13 @@ def load_checkpoint(
             f"model must be one of {', '.join(FAMILIES)}, got {folder}, whose model_type is "
             f"{config.model_type!r}"
         )
-    method = _method(path)
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
     if load_in_4bit:
         own = config.dtype or torch.float32
         options["quantization_config"] = four_bit_config(
             own if dtype == "auto" else getattr(torch, dtype)
         )
-        options["device_map"] = {"": torch.device(device)}
+        options["device_map"] = {"": where}
     try:
         has_tokenizer = (path / "tokenizer_config.json").is_file()
         tokenizer = AutoTokenizer.from_pretrained(folder if has_tokenizer else base)
@@ -122,24 +132,70 @@ def load_checkpoint(
     if load_in_4bit:
         prepare_four_bit(model)
     else:
-        model = model.to(device)
-    mask = method.get("mask_token_id", known_mask_token(config, tokenizer))
+        model = model.to(where)
+    mask = method.mask_token_id
+    if mask is None:
+        mask = known_mask_token(config, tokenizer)
     if mask is None:
         raise ValueError(f"{folder} has no mask token, in its config or its tokenizer")
-    memory = method.get("memory")
+    published = DiffusionConfig(block_size=PUBLISHED_BLOCK_SIZES.get(config.model_type))
     return Checkpoint(
-        model.eval(),
-        tokenizer,
-        mask,
-        DiffusionConfig(**method.get("diffusion", {})),
-        None if memory is None else MemoryConfig(**memory),
-        folder,
+        model.eval(), tokenizer, mask, method.diffusion or published, method.memory, folder
     )
 
 
-def _method(folder: Path) -> dict[str, Any]:
-    path = folder / METHOD_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    known = ["cpu"]
+    if torch.accelerator.is_available():
+        accelerator: Any = torch.accelerator.current_accelerator()
+        count = torch.accelerator.device_count()
+        known += [accelerator.type, *(f"{accelerator.type}:{number}" for number in range(count))]
+    if name not in known:
+        raise ValueError(f"device must be one that is here, {', '.join(known)}, got {name!r}")
+    return torch.device(name)
+
+
+@dataclass(frozen=True)
+class _Method:
+    """What `memdlm.json` says of the method; None where it does not."""
+
+    mask_token_id: int | None = None
+    diffusion: DiffusionConfig | None = None
+    memory: MemoryConfig | None = None
+
+
+def _method(path: Path) -> _Method:
+    if not path.is_file():
+        return _Method()
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+        _check_keys("it", said, _METHOD_KEYS)
+        mask = said.get("mask_token_id")
+        if mask is not None and (type(mask) is not int or mask < 0):
+            raise ValueError(f"mask_token_id must be a whole number, at least 0, got {mask!r}")
+        return _Method(
+            mask, _config("diffusion", said, DiffusionConfig), _config("memory", said, MemoryConfig)
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {first_line(error)}") from error
+
+
+def _config(name: str, said: dict[str, Any], kind: Any) -> Any:
+    own = said.get(name)
+    if own is None:
+        return None
+    _check_keys(name, own, [field.name for field in dataclasses.fields(kind)])
+    return kind(**own)
+
+
+def _check_keys(name: str, said: Any, known: Sequence[str]) -> None:
+    if not isinstance(said, dict):
+        raise ValueError(f"{name} must be a JSON object, got {said!r}")
+    for key in said:
+        if key not in known:
+            raise ValueError(f"{name} must have no keys but {', '.join(known)}, got {key!r}")
 
 
 def known_mask_token(config: Any, tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -157,18 +213,15 @@ def first_line(error: Exception) -> str:
 
 
 @torch.no_grad()
-def token_logits(
+def token_hidden(
     backbone: Backbone,
     input_ids: Tensor,
     positions: Tensor,
     attention_mask: Tensor | None = None,
     *,
-    clean_ids: Tensor | None = None,
     canvas_block: int | None = None,
 ) -> Tensor:
-    """Logits of chosen tokens alone, under whatever memory is being read.
-
-    Replaces `model(input_ids, attention_mask).logits[:, positions]` without the [B, L, V] logits.
+    """What the head reads for chosen tokens alone, under whatever memory is being read.
 
     Args:
         backbone: the model, with any boundary.
@@ -176,16 +229,37 @@ def token_logits(
         positions: [B, W] int64, the tokens that are predicted. Where the model's logits are those
             of the next token, the row before each is read.
         attention_mask: [B, L] bool, False for padding, or None.
-        clean_ids: [B, L] int64, for a backbone with a block size: what earlier blocks hold.
-        canvas_block: for one without: see `Backbone.context`.
+        canvas_block: see `Backbone.context`.
 
     Returns:
-        [B, W, V] in the model's dtype.
+        [B, W, D].
     """
     rows = (positions - 1).clamp_min(0) if backbone.right_shift_logits else positions
     context = backbone.context(input_ids, attention_mask, rows, canvas_block=canvas_block)
     every = torch.arange(rows.numel(), device=rows.device)
-    start = backbone.prefix(input_ids, context, clean_ids)
+    start = backbone.prefix(input_ids, context)
     hidden = backbone.suffix(start, every, context, contextlib.nullcontext())  # [B * W, D]
-    weight, bias = backbone.head()
-    return nn.functional.linear(hidden, weight, bias).unflatten(0, rows.shape)
+    return hidden.unflatten(0, rows.shape)
+
+
+@torch.no_grad()
+def token_logits(
+    backbone: Backbone,
+    input_ids: Tensor,
+    positions: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    canvas_block: int | None = None,
+) -> Tensor:
+    """Logits of chosen tokens alone, under whatever memory is being read.
+
+    Replaces `model(input_ids, attention_mask).logits[:, positions]` without the [B, L, V] logits.
+
+    Args:
+        backbone, input_ids, positions, attention_mask, canvas_block: as for `token_hidden`.
+
+    Returns:
+        [B, W, V] in the model's dtype.
+    """
+    hidden = token_hidden(backbone, input_ids, positions, attention_mask, canvas_block=canvas_block)
+    return nn.functional.linear(hidden, *backbone.head())

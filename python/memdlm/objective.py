@@ -177,12 +177,12 @@ class MemDLMObjective(MDLMObjective):
             recorded: what that anchor's prefix recorded, for `prefix_reuse`; closed afterwards.
             reset: False goes on from what was written before, in as many sets as the batch needs.
 
+        Returns:
+            The trace of the inner steps. The fast weights stay until the next reset.
+
         Raises:
             ValueError: an anchor without what its prefix recorded, where that is needed; going on
                 with `inner_graph`, whose recorded graphs begin with the reset.
-
-        Returns:
-            The trace of the inner steps. The fast weights stay until the next reset.
         """
         states: list[State] = batch["trajectory"]
         mask, seeds = batch.get("attention_mask"), batch["memory_seed"]

@@ -1,10 +1,12 @@
 """A checkpoint as inference loads it, and logits at chosen tokens."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from memdlm.backbone import Backbone
 from memdlm.block_mask import CausalBlocks
@@ -138,3 +140,52 @@ def test_a_folder_that_cannot_be_used_is_told(change, message, folder):
     change(folder)
     with pytest.raises(ValueError, match=message):
         load_checkpoint(str(folder))
+
+
+def refused(folder, message, monkeypatch, **options):
+    """Before the weights are read."""
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **others: 1 / 0)
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(str(folder), **options)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "Expecting property name"),
+        ("[]", r"it must be a JSON object, got \[\]"),
+        ('{"memories": null}', "it must have no keys but objective, .*, got 'memories'"),
+        ('{"memory": {"ranks": 4}}', "memory must have no keys but .*, got 'ranks'"),
+        ('{"memory": {"rank": "4"}}', "rank must be a whole number, at least 1, got '4'"),
+        ('{"memory": []}', r"memory must be a JSON object, got \[\]"),
+        ('{"diffusion": "linear"}', "diffusion must be a JSON object, got 'linear'"),
+        ('{"diffusion": {"schedule": []}}', r"schedule must be one of .*, got \[\]"),
+        ('{"mask_token_id": "1"}', "mask_token_id must be a whole number, at least 0, got '1'"),
+        ('{"mask_token_id": true}', "mask_token_id must be a whole number, at least 0, got True"),
+    ],
+)
+def test_a_method_that_cannot_be_used_is_told_with_its_file(folder, text, message, monkeypatch):
+    path = folder / "memdlm.json"
+    path.write_text(text)
+    refused(folder, f"^{path} cannot be read: .*{message}", monkeypatch)
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda:99", "meta", "cpu:x", ""])
+def test_a_device_that_is_not_here_is_refused(folder, device, monkeypatch):
+    message = f"device must be one that is here, cpu.*, got '{device}'"
+    refused(folder, message, monkeypatch, device=device)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
+def test_cuda_is_refused_where_it_is_not(folder, monkeypatch):
+    refused(folder, "device must be one that is here, cpu, got 'cuda'", monkeypatch, device="cuda")
+
+
+def test_published_blocks_are_the_default_of_llada2(tmp_path):
+    make_family_model("llada2").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    assert load_checkpoint(str(tmp_path), device="cpu").diffusion == DiffusionConfig(block_size=32)
+    for said in (DiffusionConfig(), DiffusionConfig(block_size=8)):
+        method = {"diffusion": dataclasses.asdict(said)}
+        (tmp_path / "memdlm.json").write_text(json.dumps(method))
+        assert load_checkpoint(str(tmp_path), device="cpu").diffusion == said

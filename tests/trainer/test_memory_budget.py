@@ -1,5 +1,7 @@
 """Prompts in groups that fit a memory budget, and a prompt that is cut to fit."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -189,10 +191,13 @@ def test_a_budget_that_cannot_be_kept_is_refused():
     memory = make_memory(model, budget_gib=budget(model, 0))
     with pytest.raises(ValueError, match=r"budget_gib must be at least .* for 1 token"):
         memory.adapt(PROMPTS).__enter__()
-    graph = make_memory(model, budget_gib=budget(model, 8, inner_graph=True), inner_graph=True)
+    graph = make_memory(model, budget_gib=budget(model, 8), inner_graph=True)
+    with graph.adapt(PROMPTS) as trace:  # without the graph: there is no CUDA
+        assert max(trace.chunks) > 1
+    objective = graph._objective
+    objective.memory = dataclasses.replace(objective.memory, inner_graph=True)
     with pytest.raises(ValueError, match="must leave every prompt whole with inner_graph"):
         graph.adapt(PROMPTS).__enter__()
-    objective = graph._objective
     batch = graph._collator([{"input_ids": [1], "labels": [1], "example": 0, "epoch": 0}])
     with pytest.raises(ValueError, match="reset must be True with inner_graph, got False"):
         objective.write_memory(batch, reset=False)

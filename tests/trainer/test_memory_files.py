@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, safe_open, save_file
+from transformers import AutoModelForCausalLM
 
 from memdlm.prompt_memory.fingerprint import fingerprint
-from tests.families import make_family_model
+from tests.families import FAMILIES, make_family_model
 from tests.tiny import MASK, make_model
 from tests.trainer.memory_case import (
     EIGHT,
@@ -63,7 +65,7 @@ def test_a_loaded_memory_gives_the_same_outputs(tmp_path, family, adapter, dtype
 @pytest.mark.parametrize("family", ["llada_moe", "dream"])
 def test_a_merged_memory_is_saved_and_loaded(tmp_path, family):
     model = make_family_model(family).eval()
-    memory, path, before = make_memory(model), tmp_path / "memory", None
+    memory, path = make_memory(model), tmp_path / "memory"
     before = snapshot(model)
     with memory.adapt(PROMPTS[:1], merge=True):
         memory.save(path)
@@ -103,10 +105,10 @@ def test_what_stands_in_a_file(saved):
     }
     with safe_open(path, "pt") as file:
         header = json.loads(file.metadata()[KEY])
-    assert header["format"] == 1
+    assert sorted(header) == ["format", "lengths", "memory", "model"]
+    assert header["format"] == 2
     assert header["lengths"] == [10, 4, 7]
     assert header["memory"]["rank"] == 4
-    assert (header["schedule"], header["block_size"]) == ("linear", None)
 
 
 def test_nothing_to_save(tmp_path):
@@ -147,10 +149,12 @@ def test_another_way_of_writing_is_not(saved):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_hidden_layers": 5}, "names, shapes, dtypes, values"),
-        ({"family": "olmoe"}, "names, shapes, dtypes, values"),
-        ({"intermediate_size": 40}, "shapes, values"),
-        ({"dtype": torch.float32}, "dtypes, values"),
+        ({"num_hidden_layers": 5}, "names, .* shapes, .* dtypes, parameter values, config"),
+        ({"family": "olmoe"}, "names, .* shapes, .* dtypes, parameter values, config"),
+        ({"intermediate_size": 40}, "shapes, parameter values, config"),
+        ({"dtype": torch.float32}, "dtypes, parameter values"),
+        ({"rope_theta": 100.0}, "other config"),
+        ({"rms_norm_eps": 1e-3}, "other config"),
     ],
 )
 def test_another_model_is_refused(tmp_path, change, message):
@@ -158,9 +162,19 @@ def test_another_model_is_refused(tmp_path, change, message):
     with memory.adapt(PROMPTS):
         memory.save(path)
     other = make_memory(make_family_model(**{"family": "dream"} | change))
-    wanted = f"path {path} must hold a memory of this model, .* parameters have other {message}$"
+    wanted = f"path {path} must hold a memory of this model, got one of a model .*{message}$"
     with pytest.raises(ValueError, match=wanted):
         enter(other.load(path))
+
+
+def test_the_same_weights_under_another_activation_are_refused(saved):
+    memory, path = saved
+    other = make_model(
+        hidden_act="gelu", rope_parameters={"rope_type": "default", "rope_theta": 9.0}
+    )
+    other.load_state_dict(memory._model.state_dict())
+    with pytest.raises(ValueError, match=r"a model with other config$"):
+        enter(make_memory(other).load(path))
 
 
 def test_other_weights_are_refused(saved):
@@ -169,7 +183,7 @@ def test_other_weights_are_refused(saved):
     before = snapshot(memory._model)
     with torch.no_grad():
         weight[0, 0] += 1e-6
-    with pytest.raises(ValueError, match=r"whose parameters have other values$"):
+    with pytest.raises(ValueError, match=r"a model with other parameter values$"):
         enter(memory.load(path))
     with torch.no_grad():
         weight.copy_(before["tensors"]["model.layers.0.self_attn.q_proj.weight"])
@@ -178,18 +192,53 @@ def test_other_weights_are_refused(saved):
 
 
 def test_every_parameter_is_looked_at():
-    model = make_family_model("llada_moe")
+    model = make_family_model("llada2")
     before = fingerprint(model)
     assert fingerprint(model) == before
-    for name, parameter in model.named_parameters():
+    buffers = [pair for pair in model.named_buffers() if "expert_bias" in pair[0]]
+    assert buffers
+    for name, parameter in [*model.named_parameters(), *buffers]:
         kept = parameter.detach().clone()
         with torch.no_grad():
             parameter.mul_(1.0001)
         changed = fingerprint(model)
-        assert [kind for kind in before if changed[kind] != before[kind]] == ["values"], name
+        assert [kind for kind in before if changed[kind] != before[kind]] == ["parameter values"], (
+            name
+        )
         with torch.no_grad():
             parameter.copy_(kept)
     assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_that_was_saved_and_loaded_is_the_same(family, tmp_path):
+    model = make_family_model(family, torch.float32)
+    model.save_pretrained(tmp_path / "model")
+    options = {"dtype": torch.float32, "attn_implementation": "eager", "use_cache": True}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", **options)
+    assert fingerprint(loaded) == fingerprint(model)
+
+
+def test_other_adapters_are_refused(tmp_path):
+    lora = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    model = get_peft_model(make_model(), lora)
+    model.add_adapter("other", lora)
+    memory, path = make_memory(model.double().eval()), tmp_path / "memory"
+    with memory.adapt(PROMPTS):
+        memory.save(path)
+    message = "must hold a memory of this model, got one of a model with other adapters$"
+    with model.disable_adapter(), pytest.raises(ValueError, match=message):
+        enter(memory.load(path))
+    model.set_adapter("other")
+    # PEFT freezes the adapters that are not read.
+    with pytest.raises(ValueError, match=message):
+        enter(memory.load(path))
+    model.set_adapter("default")
+    with memory.load(path):
+        pass
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"with other parameter values, adapters$"):
+        enter(memory.load(path))
 
 
 def test_what_is_no_memory_is_refused(saved, tmp_path):
@@ -221,7 +270,22 @@ def rewritten(path, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda tensors, header: header.update(format=2), "must be of format 1, got format 2"),
+        (lambda tensors, header: header.update(format=1), "must be of format 2, got format 1"),
+        (lambda tensors, header: header.update(memory=[]), "cannot be read: .*memory must be a JS"),
+        (lambda tensors, header: header.update(model=None), "cannot be read: .*model must be a JS"),
+        (
+            lambda tensors, header: header.update(lengths=["a"] * 3),
+            "cannot be read: .*lengths must",
+        ),
+        (
+            lambda tensors, header: header.update(lengths=[1, 2, 0]),
+            "cannot be read: .*lengths must",
+        ),
+        (lambda tensors, header: header.update(lengths=[]), "cannot be read: .*lengths must"),
+        (
+            lambda tensors, header: tensors["3.mlp.up_proj.B"][2, 1].fill_(torch.nan),
+            "must hold finite values, got others in 3.mlp.up_proj.B",
+        ),
         (lambda tensors, header: header.pop("model"), "cannot be read: TypeError"),
         (lambda tensors, header: header.pop("format"), "cannot be read: KeyError"),
         (lambda tensors, header: tensors.pop("3.mlp.up_proj.A"), "must hold the tensors"),

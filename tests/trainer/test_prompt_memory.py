@@ -161,6 +161,77 @@ def test_a_memory_is_written_under_inference_mode(model):
         actual = logits(model, CANVAS)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
     assert_same(before, snapshot(model))
+    with torch.inference_mode():
+        made_inside = make_memory(model)
+        with made_inside.adapt(PROMPTS[:1]):
+            torch.testing.assert_close(logits(model, CANVAS), expected, rtol=0, atol=0)
+    with made_inside.adapt(PROMPTS[:1]):
+        torch.testing.assert_close(logits(model, CANVAS), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_one_memory_at_a_time_on_a_model(model, wrapped):
+    first = make_memory(model)
+    other = model
+    if wrapped:
+        other = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    second, strange = make_memory(other), make_memory(make_model().eval())
+    before = snapshot(model)
+    with first.adapt(PROMPTS[:1], merge=True):
+        expected = logits(model, CANVAS)
+        with pytest.raises(RuntimeError, match="one memory at a time"), second.adapt(PROMPTS):
+            pytest.fail("entered")
+        assert torch.equal(logits(model, CANVAS), expected)
+        with strange.adapt(PROMPTS):
+            pass
+    assert_same(before, snapshot(model))
+    with second.adapt(PROMPTS):
+        pass
+
+
+@pytest.mark.parametrize("family", ["llada_moe", "olmoe"])
+def test_experts_run_as_before_once_it_is_detached(family):
+    model = make_family_model(family, torch.bfloat16).eval()
+    ids = [EIGHT[7]] * 4
+    before = logits(model, ids)
+    memory = make_memory(model)
+    assert not torch.equal(logits(model, ids), before)
+    with memory.adapt(PROMPTS, merge=False):
+        pass
+    memory.detach()
+    assert torch.equal(logits(model, ids), before)
+    memory.detach()
+    with make_memory(model).adapt(PROMPTS):
+        pass
+
+
+def test_experts_are_left_to_a_backbone_that_still_needs_them():
+    model = make_family_model("olmoe").eval()
+    own = model.config._experts_implementation
+    first, second = make_memory(model), make_memory(model)
+    first.detach()
+    with second.adapt(PROMPTS):
+        assert not torch.equal(logits(model, [CANVAS] * 3), logits(model, [EIGHT[1][:5]] * 3))
+    second.detach()
+    assert model.config._experts_implementation == own
+
+
+def test_the_graph_is_left_out_where_there_is_no_cuda(model):
+    written = []
+    for inner_graph in (False, True):
+        memory = make_memory(model, inner_graph=inner_graph)
+        with memory.adapt(PROMPTS):
+            written.append(fast_weights(memory))
+    assert torch.equal(*written)
+
+
+def test_a_memory_that_is_not_merged_is_read_in_as_many_rows_as_prompts(model):
+    memory = make_memory(model)
+    with (
+        memory.adapt(PROMPTS[:1], merge=False),
+        pytest.raises(ValueError, match=r"input_ids must have 1 sequences, .* got 3"),
+    ):
+        logits(model, [CANVAS] * 3)
 
 
 def test_one_memory_at_a_time(model):
@@ -184,10 +255,24 @@ def test_one_memory_at_a_time(model):
         ([[1, 2], []], r"prompts\[1\] must have at least one token, got none"),
         ([[1, MASK, 2]], rf"prompts\[0\] must not hold the mask token, {MASK}, .* position 1"),
         ([[1] * 65], r"prompts\[0\] must have at most the model's 64 positions, got 65"),
-        ([[1, VOCABULARY]], rf"prompts\[0\] must hold token ids in \[0, .*{VOCABULARY}\), got 1"),
+        (
+            [[1, VOCABULARY]],
+            rf"prompts\[0\] must hold token ids in \[0, .*{VOCABULARY}\), got 61 at position 1",
+        ),
         ([[1, -1]], r"prompts\[0\] must hold token ids"),
         ([1, 2], r"prompts\[0\] must be a list of token ids, got 1"),
-        ([[1.5, 2.0]], r"prompts\[0\] must be a list of token ids, got torch.float32"),
+        ([[1.5, 2.0]], r"prompts\[0\] must be a list of token ids, got 1.5 at position 0"),
+        ([["a", "b"]], r"prompts\[0\] must be a list of token ids, got 'a' at position 0"),
+        ([[1], [2, None]], r"prompts\[1\] must be a list of token ids, got None at position 1"),
+        ([[[1], [1, 2]]], r"prompts\[0\] must be a list of token ids, got \[1\] at position 0"),
+        ([[True, 2]], r"prompts\[0\] must be a list of token ids, got True at position 0"),
+        ([[2**70]], rf"prompts\[0\] must hold token ids in \[0, .*got {2**70} at position 0"),
+        ([{1: 2}], r"prompts\[0\] must be a list of token ids, got \{1: 2\}"),
+        (torch.tensor([1, 2]), r"prompts\[0\] must be a list of token ids, got 1"),
+        (torch.tensor(3), "prompts must be a list of lists of token ids, got tensor"),
+        (None, "prompts must be a list of lists of token ids, got None"),
+        ("text", "prompts must be a list of lists of token ids, got 'text'"),
+        ({1: 2}, "prompts must be a list of lists of token ids, got"),
         (["text"], r"prompts\[0\] must be a list of token ids, got 'text'"),
     ],
 )
@@ -201,10 +286,11 @@ def test_what_is_no_prompt_is_refused_before_any_work(model, monkeypatch, prompt
 def test_a_prompt_may_be_a_tensor(model):
     memory = make_memory(model)
     written = []
-    for prompt in (PROMPTS[0], torch.tensor(PROMPTS[0])):
-        with memory.adapt([prompt]):
+    own = torch.tensor(PROMPTS[0])
+    for prompts in ([PROMPTS[0]], [own], own[None], [own.numpy()], [tuple(own)]):
+        with memory.adapt(prompts):
             written.append(fast_weights(memory))
-    assert torch.equal(*written)
+    assert all(torch.equal(other, written[0]) for other in written)
 
 
 def test_the_prompt_ratio_is_the_share_that_the_anchor_masks(model):

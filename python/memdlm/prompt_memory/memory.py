@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from accelerate.utils import send_to_device
@@ -30,18 +31,23 @@ from memdlm.prompt_memory.plan import Writing, plan, row_bytes
 from memdlm.prompt_memory.prompts import checked_prompts
 from memdlm.prompt_memory.trace import PromptTrace, joined
 
+# The decoders whose memory is being written or read.
+_in_use: WeakSet[nn.Module] = WeakSet()
+
 
 class PromptMemory:
     """Writes fast weights from prompts, for a model that then reads them.
 
     Every prompt token is maskable, the anchor masks `prompt_ratio` of them, all weigh the same; the
     K steps are those of training. Writing and reading run in evaluation mode. Outside of `adapt`
-    and `load` the model computes what it did without the memory, bit for bit.
+    and `load` the model computes what it did without the memory, bit for bit; a model of experts
+    runs them by another function (`Backbone`) until `detach`, so its last digits may be others.
 
     Args:
         model: as for `MDLMObjective`.
         diffusion: the schedule that the model was trained with.
         memory: the inner loop; each prompt gets fast weights of its own, whatever its scope.
+            `inner_graph` changes the speed alone, and is left out where the model is not on CUDA.
         mask_token_id, pad_token_id, vocab_size: as for `MaskCollator`.
         seed: of the masks and of the fast weights' initial values.
         budget_gib: GiB that the activations of a writing may take, by an estimate (`row_bytes`);
@@ -69,13 +75,15 @@ class PromptMemory:
         if budget_gib is not None and not (math.isfinite(budget_gib) and budget_gib > 0):
             raise ValueError(f"budget_gib must be a number above 0, or None, got {budget_gib}")
         uniform = dataclasses.replace(diffusion, loss_weight="uniform")
-        own = dataclasses.replace(memory, scope="sample")
+        graph = memory.inner_graph and next(model.parameters()).device.type == "cuda"
+        own = dataclasses.replace(memory, scope="sample", inner_graph=graph)
         self._model = model
         self._budget_gib = budget_gib
-        self._entered = False
         self._detached = False
         self._written: Header | None = None
-        self._objective = MemDLMObjective(model, uniform, own)
+        # What is made in inference mode cannot be written to or differentiated outside of it.
+        with torch.inference_mode(False):
+            self._objective = MemDLMObjective(model, uniform, own)
         self._collator = MaskCollator(
             mask_token_id,
             pad_token_id,
@@ -127,9 +135,11 @@ class PromptMemory:
             prompts: B lists of token ids, of any lengths. Prompt b is read in row b of every
                 forward, so all of them must be in it, in this order; a merged one in every row.
             merge: add the fast weights to the model's weights while they are read: True demands it,
-                False never does. None merges a single prompt into float32 or float64 weights. Into
-                bfloat16 it is lossy: in a layer 4,096 wide, rounding left 83 to 85 % of the entries
-                as they were, and what was added was wrong by 50 to 82 %.
+                False never does. Merged ones are read by a forward of any number of rows; others
+                need as many rows as there are prompts, a single one too. None merges a single
+                prompt into float32 or float64 weights. Into bfloat16 it is lossy: in a layer 4,096
+                wide, rounding left 83 to 85 % of the entries as they were, and what was added was
+                wrong by 50 to 82 %.
 
         Yields:
             The trace of the inner steps.
@@ -137,8 +147,9 @@ class PromptMemory:
         Raises:
             ValueError: no prompt; one that is empty, longer than the model's positions, or holds
                 the mask token or something that is no token; a merge that is impossible; a budget
-                that not one token fits, or that cuts a prompt with `inner_graph`.
-            RuntimeError: inside of another `adapt` or `load` of this memory, or after `detach`.
+                that not one token fits, or that cuts a prompt with `inner_graph` on CUDA.
+            RuntimeError: inside of another `adapt` or `load` on this model, by whichever
+                `PromptMemory`, or after `detach`.
         """
         ids = checked_prompts(
             prompts,
@@ -155,7 +166,6 @@ class PromptMemory:
                 self._written = header(
                     tuple(len(prompt) for prompt in ids),
                     self._objective.memory,
-                    self._objective.diffusion,
                     fingerprint(self._model),
                 )
             with self._reading(merge):
@@ -179,6 +189,9 @@ class PromptMemory:
         self, path: str | os.PathLike[str], merge: bool | None = None
     ) -> Iterator[tuple[int, ...]]:
         """Read a saved memory, with the outputs of the context that wrote it.
+
+        What the model is asked meanwhile need not be the prompts that it was written from: to read
+        one text's memory under other prompts is what it is for. So none is checked against them.
 
         Args:
             path: from `save`.
@@ -205,9 +218,13 @@ class PromptMemory:
                 yield saved.lengths
 
     def detach(self) -> None:
-        """Take the fast weights' hooks off the model; nothing can be written afterwards."""
+        """Take the fast weights' hooks off the model; nothing can be written afterwards.
+
+        Experts run by the function that they had before, unless a `Backbone` of the model is left.
+        """
         self._detached = True
         self._objective.fast_weights.detach()
+        self._objective.backbone.release()
 
     def _plan(self, lengths: list[int]) -> list[Writing]:
         if self._budget_gib is None:
@@ -268,19 +285,18 @@ class PromptMemory:
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         """In here no other memory is written or read, and the model is in evaluation mode."""
-        if self._entered:
-            raise RuntimeError(
-                "a PromptMemory can hold one memory at a time: leave the context first"
-            )
+        decoder = self._objective.backbone.decoder
+        if decoder in _in_use:
+            raise RuntimeError("a model can hold one memory at a time: leave the context first")
         if self._detached:
             raise RuntimeError("this PromptMemory was detached from its model: make another")
         modes = [(module, module.training) for module in self._model.modules()]
-        self._entered = True
+        _in_use.add(decoder)
         try:
             self._model.eval()
             yield
         finally:
-            self._entered = False
+            _in_use.discard(decoder)
             for module, training in modes:
                 module.training = training
 

@@ -11,11 +11,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from memdlm.config import DiffusionConfig, MemoryConfig
+from memdlm.config import MemoryConfig
 from memdlm.experts import PROJECTIONS
 from memdlm.fast_weights import FastWeights
 
-_FORMAT = 1
+_FORMAT = 2
 _KEY = "memdlm_prompt_memory"
 # What decides how a layer reads its fast weights; the rest decided how they were written.
 _READ_BY = ("adapter", "rank", "lora_alpha", "target", "layer_fraction", "state_dtype")
@@ -28,28 +28,19 @@ class Header:
     Attributes:
         lengths: tokens of each prompt.
         memory: the inner loop that wrote it.
-        schedule, block_size: of the noise it was written with.
         model: the `fingerprint` of the model it was written for.
         format: version of the file.
     """
 
     lengths: tuple[int, ...]
     memory: dict[str, Any]
-    schedule: str
-    block_size: int | None
     model: dict[str, str]
     format: int = _FORMAT
 
 
-def header(
-    lengths: tuple[int, ...],
-    memory: MemoryConfig,
-    diffusion: DiffusionConfig,
-    model: dict[str, str],
-) -> Header:
+def header(lengths: tuple[int, ...], memory: MemoryConfig, model: dict[str, str]) -> Header:
     """The header of a memory that was just written."""
-    own = dataclasses.asdict(memory)
-    return Header(lengths, own, diffusion.schedule, diffusion.block_size, model)
+    return Header(lengths, dataclasses.asdict(memory), model)
 
 
 def write_memory_file(
@@ -95,10 +86,20 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         fields = json.loads(text)
         found = fields["format"]
         if found == _FORMAT:
-            return Header(**fields | {"lengths": tuple(fields["lengths"])})
+            return _checked(Header(**fields | {"lengths": tuple(fields["lengths"])}))
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"path {name} has a {_KEY} that cannot be read: {error!r}") from error
     raise ValueError(f"path {name} must be of format {_FORMAT}, got format {found!r}")
+
+
+def _checked(found: Header) -> Header:
+    lengths = found.lengths
+    if not lengths or any(type(length) is not int or length < 1 for length in lengths):
+        raise ValueError(f"lengths must be whole numbers, at least 1, got {list(lengths)}")
+    for part in ("memory", "model"):
+        if not isinstance(getattr(found, part), dict):
+            raise ValueError(f"{part} must be a JSON object, got {getattr(found, part)!r}")
+    return found
 
 
 def check_header(
@@ -125,8 +126,8 @@ def check_header(
     differs = [kind for kind, own in model.items() if saved.model.get(kind) != own]
     if differs:
         raise ValueError(
-            f"path {name} must hold a memory of this model, got one of a model whose parameters "
-            f"have other {', '.join(differs)}"
+            f"path {name} must hold a memory of this model, got one of a model with "
+            f"other {', '.join(differs)}"
         )
 
 
@@ -141,7 +142,7 @@ def read_memory_file(
         sets: S, how many the file holds of each tensor.
 
     Raises:
-        ValueError: tensors are missing, too many, or of another shape or dtype.
+        ValueError: tensors are missing, too many, of another shape or dtype, or not finite.
     """
     name = os.fspath(path)
     wanted = _labelled(fast_weights)
@@ -160,6 +161,8 @@ def read_memory_file(
                 f"path {name} must hold {key} as {dtype} {shape}, got {tensor.dtype} "
                 f"{list(tensor.shape)}"
             )
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"path {name} must hold finite values, got others in {key}")
     return {key: found[key] for key in wanted}
 
 

@@ -1,9 +1,8 @@
 """What may be a prompt."""
 
+import operator
 from collections.abc import Sequence
 from typing import Any
-
-import torch
 
 
 def checked_prompts(
@@ -23,6 +22,12 @@ def checked_prompts(
     Raises:
         ValueError: not such prompts; says which one is not.
     """
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+        # A tensor or an array is its rows.
+        own = prompts.tolist() if hasattr(prompts, "tolist") else prompts
+        if not isinstance(own, list):
+            raise ValueError(f"prompts must be a list of lists of token ids, got {prompts!r}")
+        prompts = own
     if not len(prompts):
         raise ValueError("prompts must hold at least one prompt, got none")
     return [
@@ -33,27 +38,39 @@ def checked_prompts(
 
 def _checked(number: int, prompt: Any, mask_token_id: int, vocab_size: int, most: int) -> list[int]:
     where = f"prompts[{number}]"
-    if not hasattr(prompt, "__len__") or isinstance(prompt, str):
+    values = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+    if isinstance(values, str) or not isinstance(values, Sequence):
         raise ValueError(f"{where} must be a list of token ids, got {prompt!r}")
-    if not len(prompt):
+    if not len(values):
         raise ValueError(f"{where} must have at least one token, got none")
-    ids = torch.as_tensor(prompt)
-    if ids.dim() != 1 or ids.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{where} must be a list of token ids, got {ids.dtype} {list(ids.shape)}")
-    if len(ids) > most:
+    if len(values) > most:
         raise ValueError(
-            f"{where} must have at most the model's {most} positions, got {len(ids)} tokens"
+            f"{where} must have at most the model's {most} positions, got {len(values)} tokens"
         )
-    if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
-        raise ValueError(
-            f"{where} must hold token ids in [0, vocab_size = {vocab_size}), "
-            f"got {int(ids.min())} to {int(ids.max())}"
-        )
-    masked = (ids == mask_token_id).nonzero()
-    if len(masked):
-        raise ValueError(
-            f"{where} must not hold the mask token, {mask_token_id}, got it at position "
-            f"{int(masked[0])}"
-        )
-    own: list[int] = ids.tolist()
+    own = []
+    for position, value in enumerate(values):
+        token = _whole(value)
+        if token is None:
+            raise ValueError(
+                f"{where} must be a list of token ids, got {value!r} at position {position}"
+            )
+        if not 0 <= token < vocab_size:
+            raise ValueError(
+                f"{where} must hold token ids in [0, vocab_size = {vocab_size}), got {token} at "
+                f"position {position}"
+            )
+        if token == mask_token_id:
+            raise ValueError(
+                f"{where} must not hold the mask token, {mask_token_id}, got it at position "
+                f"{position}"
+            )
+        own.append(token)
     return own
+
+
+def _whole(value: Any) -> int | None:
+    """A whole number as Python's; None for anything else, True and False too."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
