@@ -3,18 +3,23 @@
 import dataclasses
 import json
 import math
+import re
+import shutil
 import sys
 import types
+from pathlib import Path
 
 import matplotlib.image
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from memdlm.cli import main
 from memdlm.config import DiffusionConfig, MemoryConfig
 from memdlm.demo.examples import BASE_FOLDER, load_tokenizer
 from memdlm.evaluation import run
+from memdlm.evaluation.files_hash import files_hash
 from memdlm.evaluation.options import EvalOptions
 from memdlm.evaluation.report import ARMS, make_cells
 from memdlm.evaluation.run import run_eval
@@ -141,9 +146,9 @@ def test_the_memory_changes_answers(finished):
 def test_a_length_without_positions_is_left_out_and_says_why(finished):
     out, table = finished
     assert table == (out / "table.md").read_text().strip()
-    for line in table.splitlines():
-        if line.startswith("| base") and "±" in line:
-            assert line.endswith("| does not fit |")
+    lines = [line for line in table.split("## What")[0].splitlines() if line.startswith("| base")]
+    assert len(lines) == 2
+    assert all(line.endswith("| does not fit |") for line in lines)
     assert f"- train-only, 512 tokens: does not fit: the model has {POSITIONS} positions." in table
     assert {skip["arm"] for skip in json.loads((out / "summary.json").read_text())["skipped"]} == (
         set(ARMS)
@@ -163,7 +168,12 @@ def test_summary_and_picture_are_of_the_answers(finished):
         ]
         assert cell["mean"] == pytest.approx(sum(own) / 3)
         assert cell["examples"] == 3
-        assert f"{cell['mean']:.1f} ± {cell['error']:.1f}" in table
+        assert (cell["error"] is None) == (len(set(own)) == 1)
+        error = "" if cell["error"] is None else f" ± {cell['error']:.1f}"
+        section = table.split(f"## {cell['task']}: ")[1].split("##")[0]
+        assert re.search(
+            rf"\| {re.escape(cell['arm'])} \| 3 \|.* {cell['mean']:.1f}{error} \|", section
+        )
     picture = matplotlib.image.imread(out / "heatmap.png")
     assert min(picture.shape[:2]) > 200
     assert picture.std() > 0.05
@@ -287,48 +297,271 @@ def test_standard_errors():
     assert cells["base", "qa1", 1] == (pytest.approx(40), pytest.approx(binomial), 5, 2)
     assert cells["base", "mv", 1].error == pytest.approx(100 * 0.25 / math.sqrt(3))
     assert cells["base", "vt", 1].error is None
+    # Three right of three do not say that every answer is right.
+    same = [{"arm": "base", "task": "vt", "length": 1, "score": 1.0, "seconds": 2.0}] * 3
+    assert make_cells(same)["base", "vt", 1] == (100, None, 3, 2)
 
 
-def test_the_harness_measures_every_arm_once(folders, tmp_path, monkeypatch):
+class _NoPromptError(ValueError):
+    pass
+
+
+@pytest.fixture
+def harness(monkeypatch):
+    """A plug-in that answers at once, and what it was asked: folder, memory, task and options."""
     asked = []
 
-    def run_lm_eval(folder, tasks, **keys):
-        asked.append((folder, tasks, keys))
-        figures = {
-            "alias": "vt",
-            "sample_len": 3,
-            "160,none": len(asked) / 4,
-            "160_stderr,none": 0.125,
-        }
-        return {"results": {"ruler_vt": figures | {"512,none": -1}}}
+    class MemDLM:
+        def __init__(self, folder, *, memory, **options):
+            self.folder, self.memory, self.options = folder, memory, options
+
+    def run_lm_eval(model, task, *, length, limit, **keys):
+        if model.memory and task == "wikitext":
+            raise _NoPromptError("there is no prompt")
+        if task == "broken":
+            raise ValueError("its data cannot be fetched")
+        asked.append((model.folder, model.memory, task, length, limit, model.options | keys))
+        name = "none" if length is None else length
+        value = len(asked) / 8
+        return {task: {"sample_len": limit, f"{name},none": value, f"{name}_stderr,none": 0.125}}
+
+    def check_task(task, lengths):
+        if task == "piqaa":
+            raise ValueError("tasks must be of lm-evaluation-harness, got 'piqaa'")
 
     module = types.ModuleType("memdlm.evaluation.lm_eval")
-    module.run_lm_eval = run_lm_eval
-    module.read_lengths = lambda tasks: "ruler" in tasks
+    module.MemDLM, module.NoPromptError = MemDLM, _NoPromptError
+    module.run_lm_eval, module.check_task = run_lm_eval, check_task
+    module.reads_length = lambda task: task.startswith("ruler")
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    chosen = options(folders, tmp_path / "out", tasks="none", lm_eval="ruler,wikitext", base=None)
+    return asked
+
+
+def test_the_harness_measures_every_arm_once(folders, tmp_path, harness):
+    chosen = options(folders, tmp_path / "out", tasks="none", lm_eval="ruler_vt,piqa", base=None)
     table = run_eval(chosen)
-    assert "| ruler_vt | 160 | 0.2500 ± 0.1250 | 0.5000 ± 0.1250 | 0.7500 ± 0.1250 |" in table
-    assert table.count("| ruler_vt |") == 1
-    assert [keys["memory"] for _, _, keys in asked] == [False, False, True]
-    for folder, tasks, keys in asked:
-        assert tasks == ["ruler", "wikitext"]
-        assert keys["limit"] == 3
-        assert keys["lengths"] == [160, 200]
+    assert "| ruler_vt | 160 | 3 | 0.1250 ± 0.1250 | 0.5000 ± 0.1250 | 0.8750 ± 0.1250 |" in table
+    assert "| ruler_vt | 200 | 3 | 0.2500 ± 0.1250 | 0.6250 ± 0.1250 | 1.0000 ± 0.1250 |" in table
+    assert table.count("| piqa |") == 1
+    runs = [("ruler_vt", 160), ("ruler_vt", 200), ("piqa", None)]
+    folder_memory = [(chosen.plain, False), (chosen.model, False), (chosen.model, True)]
+    assert [one[:4] for one in harness] == [(*arm, *run) for arm in folder_memory for run in runs]
+    for *_, limit, keys in harness:
+        assert limit == 3
         assert keys["sampler"] == {"steps": 4, "max_new_tokens": ROOM}
-        assert keys["model_args"]["seed"] == 0
-        assert folder in (chosen.plain, chosen.model)
+        assert keys["seed"] == 0
+        assert keys["chat"] is False
     assert run_eval(chosen) == table
-    assert len(asked) == 3
-    run_eval(dataclasses.replace(chosen, lm_eval="wikitext", model=None))
-    assert asked[-1][2]["lengths"] is None
+    assert len(harness) == 9
 
 
-def test_the_harness_is_asked_for_lengths_that_it_has(folders, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "memdlm.evaluation.lm_eval", types.ModuleType("lm_eval"))
-    with pytest.raises(ValueError, match="lengths must be multiples of 1024"):
-        run_eval(options(folders, tmp_path / "out", lm_eval="babilong"))
+def test_the_harness_keeps_the_results_of_other_tasks_lengths_and_counts(
+    folders, tmp_path, harness
+):
+    out = tmp_path / "out"
+    run_eval(options(folders, out, tasks="none", lm_eval="piqa", model=None))
+    few = {"tasks": "none", "plain": None, "model": None}
+    table = run_eval(options(folders, out, lm_eval="arc_easy", **few))
+    assert "| piqa | none | 3 | 0.1250 ± 0.1250 | 0.2500 ± 0.1250 |" in table
+    assert "| arc_easy | none | 3 | 0.3750 ± 0.1250 |  |" in table
+    table = run_eval(options(folders, out, lm_eval="piqa", count=2, **few))
+    # Of two examples, and so not beside three of the other arm.
+    assert "| piqa | none | 2 | 0.5000 ± 0.1250 |  |" in table
+    assert "| piqa | none | 3 | 0.1250 ± 0.1250 | 0.2500 ± 0.1250 |" in table
+    run_eval(options(folders, out, lm_eval="ruler_vt", lengths="160", **few))
+    run_eval(options(folders, out, lm_eval="ruler_vt", lengths="160,200", **few))
+    assert [one[2:4] for one in harness[4:]] == [("ruler_vt", 160), ("ruler_vt", 200)]
+
+
+def test_a_task_without_a_prompt_is_left_out_of_the_memorys_arm_alone(folders, tmp_path, harness):
+    chosen = options(
+        folders, tmp_path / "out", tasks="none", lm_eval="wikitext,piqa", base=None, plain=None
+    )
+    table = run_eval(chosen)
+    assert "- train & inference, wikitext: left out, there is no prompt." in table
+    assert "| wikitext | none | 3 | 0.1250 ± 0.1250 |  |" in table
+    assert "| piqa | none | 3 | 0.2500 ± 0.1250 | 0.3750 ± 0.1250 |" in table
+    assert run_eval(chosen) == table
+    assert len(harness) == 3
+
+
+def test_what_was_measured_before_an_error_is_in_the_table(folders, tmp_path, harness):
+    out = tmp_path / "out"
+    keys = {"tasks": "qa1", "lengths": "160", "count": 1, "plain": None, "model": None}
+    with pytest.raises(ValueError, match="its data cannot be fetched"):
+        run_eval(options(folders, out, lm_eval="piqa,broken", **keys))
+    table = (out / "table.md").read_text()
+    assert "## qa1" in table
+    assert "| piqa |" in table
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"lm_eval": "piqa,piqaa"}, "tasks must be of lm-evaluation-harness, got 'piqaa'"),
+        ({"lm_eval": "ruler_vt", "lengths": "512"}, "lengths must hold one for lm_eval within"),
+    ],
+)
+def test_what_the_harness_cannot_do_is_refused_before_any_work(
+    folders, tmp_path, harness, keys, message
+):
+    with pytest.raises(ValueError, match=message):
+        run_eval(options(folders, tmp_path / "out", **keys))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_length_that_words_cannot_fill_is_refused_before_any_work(folders, tmp_path):
+    folder, out = tmp_path / "base", tmp_path / "out"
+    shutil.copytree(folders / "base", folder)
+    config = LlamaConfig.from_pretrained(folder)
+    config.max_position_embeddings = 200_000
+    config.save_pretrained(folder)
+    keys = {"base": str(folder), "plain": None, "model": None, "tasks": "cwe"}
+    with pytest.raises(ValueError, match="tokens only"):
+        run_eval(options(folders, out, **keys, lengths="512,200000"))
+    assert not out.exists()
+
+
+def test_a_table_is_there_after_an_error_in_the_middle(folders, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+
+    def load(folder, **keys):
+        if folder.endswith("plain"):
+            raise ValueError("out of memory")
+        return load_checkpoint(folder, **keys)
+
+    monkeypatch.setattr(run, "load_checkpoint", load)
+    keys = {"tasks": "qa1", "lengths": "160", "count": 1, "model": None}
+    with pytest.raises(ValueError, match="out of memory"):
+        run_eval(options(folders, out, **keys))
+    assert "| base | 1 |" in (out / "table.md").read_text()
+
+
+def adapter(folders, folder):
+    """An adapter of the plain model, without a tokenizer of its own."""
+    model = LlamaForCausalLM.from_pretrained(folders / "plain")
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(folder)
+    return folder
+
+
+def test_the_lengths_of_an_adapter_are_checked(folders, tmp_path):
+    folder, out = adapter(folders, tmp_path / "adapter"), tmp_path / "out"
+    keys = {"base": str(folder), "plain": None, "model": None}
+    with pytest.raises(ValueError, match="length must be at least"):
+        run_eval(options(folders, out, **keys, lengths="64"))
+    assert not out.exists()
+    table = run_eval(options(folders, out, **keys, tasks="qa1", lengths="160", count=1))
+    assert "| base | 1 |" in table
+
+
+def test_a_finished_run_with_a_length_that_does_not_fit_loads_nothing(
+    folders, finished, monkeypatch
+):
+    monkeypatch.setattr(run, "load_checkpoint", None)
+    assert run_eval(options(folders, finished[0])) == finished[1]
+
+
+def test_arms_are_asked_in_one_way(folders, tmp_path):
+    plain, out = tmp_path / "plain", tmp_path / "out"
+    shutil.copytree(folders / "plain", plain)
+    (plain / "chat_template.jinja").write_text(
+        "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    )
+    keys = {"model": None, "tasks": "qa1", "lengths": "160", "count": 1, "plain": str(plain)}
+    with pytest.raises(ValueError, match="chat must be given as false"):
+        run_eval(options(folders, out, **keys))
+    assert not out.exists()
+    run_eval(options(folders, out, **keys, chat=False))
+    run_eval(options(folders, tmp_path / "own", **keys | {"base": str(plain), "plain": None}))
+    chosen = [json.loads((o / "settings.json").read_text()) for o in (out, tmp_path / "own")]
+    assert [settings["settings"]["chat"] for settings in chosen] == [False, True]
+    # The other arm cannot be added in another way.
+    with pytest.raises(ValueError, match="answers with chat True, got False"):
+        run_eval(options(folders, tmp_path / "own", **keys | {"base": None}, chat=False))
+
+
+def test_the_hash_of_a_model_sees_all_of_it(folders, tmp_path):
+    folder = tmp_path / "base"
+    load_tokenizer().save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(load_tokenizer()),
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=6,
+        num_attention_heads=2,
+    )
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    assert (folder / "model.safetensors").stat().st_size > 1 << 21
+    hashes = [files_hash(folder)]
+    with torch.no_grad():
+        for parameter in model.model.layers[1].parameters():
+            parameter += 1.0
+    model.save_pretrained(folder)
+    hashes.append(files_hash(folder))
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    hashes.append(files_hash(folder))
+    assert len(set(hashes)) == 3
+    assert files_hash(folder) == hashes[-1]
+    assert files_hash(tmp_path / "hub/name") is None
+
+
+def test_the_hash_of_an_adapter_sees_its_base(folders, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(folders / "plain", base)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": str(base)})
+    )
+    before = files_hash(tmp_path / "adapter")
+    (base / "tokenizer_config.json").write_text("{}")
+    assert files_hash(tmp_path / "adapter") != before
+
+
+def test_a_folder_is_the_same_model_under_any_path(folders, tmp_path, monkeypatch):
+    keys = {"plain": None, "model": None, "tasks": "qa1", "lengths": "160", "count": 1}
+    run_eval(options(folders, tmp_path / "out", **keys))
+    monkeypatch.chdir(folders)
+    run_eval(options(folders, tmp_path / "out", **keys | {"base": "base"}))
+    assert len(read_rows(tmp_path / "out")) == 1
+
+
+@pytest.mark.parametrize("name", ["settings.json", "examples.jsonl"])
+def test_a_file_that_cannot_be_read_is_named(folders, finished, tmp_path, name):
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    (out / name).write_text((out / name).read_text()[:40] + "\n")
+    with pytest.raises(ValueError, match=name):
+        run_eval(options(folders, out))
+
+
+def test_settings_are_whole_after_a_kill(folders, finished, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    before = (out / "settings.json").read_text()
+    whole = Path.write_text
+
+    def die(self, text, **keys):
+        whole(self, text[:20], **keys)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", die)
+    with pytest.raises(KeyboardInterrupt):
+        run_eval(options(folders, out))
+    assert (out / "settings.json").read_text() == before
+
+
+def test_each_row_says_of_how_many_examples_it_is(folders, tmp_path):
+    out = tmp_path / "out"
+    keys = {"model": None, "tasks": "qa1", "lengths": "160"}
+    run_eval(options(folders, out, **keys | {"base": None}, count=3))
+    table = run_eval(options(folders, out, **keys | {"plain": None}, count=1))
+    assert "| base | 1 |" in table
+    assert "| MDLM | 3 |" in table
+    keys |= {"plain": None, "lengths": "160,170"}
+    run_eval(options(folders, out, **keys | {"lengths": "170"}, count=2))
+    assert "| base | 1, 2 |" in (out / "table.md").read_text()
 
 
 def test_the_command_line_reads_the_samplers_options(tmp_path, capsys):

@@ -10,7 +10,7 @@ from memdlm.demo.examples import load_tokenizer
 from memdlm.evaluation.scoring import score
 from memdlm.evaluation.tasks import ANSWER_TOKENS, TASKS, build
 from memdlm.evaluation.tasks.supporting_facts import PLACES
-from memdlm.evaluation.tasks.text import hide
+from memdlm.evaluation.tasks.text import hide, word_list
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
@@ -196,6 +196,15 @@ def test_common_words_occur_as_often_as_ruler_says(tokenizer):
         counts = collections.Counter(re.findall(r"\d+\. ([a-z]+)", listed))
         assert {counts.pop(word) for word in example.references} == {often}
         assert set(counts.values()) == {rare}
+
+
+def test_a_common_word_is_no_part_of_another_word(tokenizer):
+    words = word_list()
+    for example in build("cwe", tokenizer, 1024, 20, seed=0):
+        others = " ".join(set(words) - set(example.references))
+        assert score(example, others) == 0
+        for reference in example.references:
+            assert score(example, reference) == 0.1
 
 
 def test_sentences_are_hidden_in_order_where_a_sentence_ends():

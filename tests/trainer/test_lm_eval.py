@@ -1,8 +1,10 @@
 """The model "memdlm" of lm-evaluation-harness: through its own entry points, on small tasks."""
 
+import dataclasses
 import json
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -15,12 +17,14 @@ import lm_eval
 from lm_eval.api.model import CachingLM
 from lm_eval.tasks import TaskManager
 
-from memdlm.config import MemoryConfig
+from memdlm.config import DiffusionConfig, MemoryConfig
 from memdlm.demo.examples import BASE_FOLDER
 from memdlm.evaluation.likelihood import response_log_likelihood
 from memdlm.evaluation.lm_eval import MemDLM, run_lm_eval
 from memdlm.evaluation.lm_eval import run as run_module
 from memdlm.evaluation.lm_eval.arguments import request_config
+from memdlm.evaluation.options import EvalOptions
+from memdlm.evaluation.run import run_eval
 from memdlm.inference import load_checkpoint
 from memdlm.sampler import SamplerConfig
 
@@ -219,7 +223,13 @@ def test_samples_depend_on_the_seed_and_the_request_alone(model):
     assert model.generate_until(both) == first
     other = requests(*(((own.args[0], {**own.args[1], "seed": 5})) for own in both))
     assert model.generate_until(other) != first
+    # Not on those beside it, nor on its place among them.
     assert model.generate_until(both[:1]) == first[:1]
+    assert model.generate_until(both[1:]) == first[1:]
+    assert model.generate_until(both[::-1]) == first[::-1]
+    again = model.generate_until([both[1], both[0], both[1]])
+    assert again[:2] == first[::-1]
+    assert again[2] != again[0]
 
 
 def test_the_harness_caches_what_was_answered(model, tmp_path):
@@ -256,7 +266,10 @@ def test_prompts_that_are_too_long_lose_their_first_tokens(model, caplog):
             {"temperature": 0.5, "top_p": 1.0, "num_beams": 1},
             {"max_new_tokens": 256, "temperature": 0.5},
         ),
-        ({"gen_length": 64, "alg": "entropy"}, {"max_new_tokens": 64, "remasking": "entropy"}),
+        (
+            {"gen_length": 64, "alg": "entropy"},
+            {"max_new_tokens": 64, "remasking": "entropy", "reveal": "time_grid"},
+        ),
     ],
 )
 def test_generation_arguments_become_options_of_the_sampler(arguments, expected):
@@ -333,27 +346,25 @@ def test_a_chat_template_is_applied(model):
     assert model.tokenizer_name
 
 
-def test_ruler_runs_without_a_download(tmp_path, monkeypatch):
+def test_ruler_runs_without_a_download(model, tmp_path, monkeypatch):
     # Every file of its tasks includes the needles', which sort a list for 20 seconds at import.
     needles = SimpleNamespace(generate_samples=None, get_haystack=None)
     monkeypatch.setitem(sys.modules, "lm_eval.tasks.ruler.prepare_niah", needles)
     results = run_lm_eval(
-        BASE,
-        ["ruler_cwe"],
-        memory=False,
+        model,
+        "ruler_cwe",
         out=tmp_path / "out",
         limit=2,
-        sampler={"steps": 2, "max_new_tokens": 8, "seed": 3},
-        batch_size=2,
-        lengths=[1024],
+        sampler={"steps": 2, "max_new_tokens": 8},
+        length=1024,
     )
-    (metrics,) = results["results"].values()
+    (metrics,) = results.values()
     assert 0 <= metrics["1024,none"] <= 1
+    assert metrics["sample_len"] == 2
     assert not [key for key in metrics if key.startswith("4096")]
     written = json.loads((tmp_path / "out" / "lm_eval.json").read_text(encoding="utf-8"))
-    arguments = written["ruler_cwe"]["configs"]["ruler_cwe"]["generation_kwargs"]
+    arguments = written["configs"]["ruler_cwe"]["generation_kwargs"]
     assert (arguments["steps"], arguments["max_gen_toks"]) == (2, 8)
-    assert written["ruler_cwe"]["config"]["seed"] == 3
 
 
 @pytest.mark.parametrize(
@@ -364,37 +375,36 @@ def test_ruler_runs_without_a_download(tmp_path, monkeypatch):
         ("ruler_qa_squad", LookupError("\n****\n  Resource punkt not found\n")),
     ],
 )
-def test_what_cannot_be_fetched_is_one_error(task, error, tmp_path, monkeypatch):
+def test_what_cannot_be_fetched_is_one_error(model, task, error, tmp_path, monkeypatch):
     def fail(self, names):
         raise error
 
     monkeypatch.setattr(TaskManager, "load", fail)
-    options = {"memory": False, "out": tmp_path, "limit": 1, "sampler": {}, "batch_size": 1}
+    length = None if "long" in task else 1024
     with pytest.raises(ValueError, match=task) as raised:
-        run_lm_eval(BASE, [task], lengths=None if "long" in task else [1024], **options)
+        run_lm_eval(model, task, out=tmp_path, limit=1, sampler={}, length=length)
     (line,) = (line.strip() for line in str(error).splitlines() if "*" not in line and line)
     assert str(raised.value).endswith(f"could not be fetched: {line}")
 
 
-def test_bad_requests_of_the_harness_are_refused(tmp_path):
-    options = {"memory": False, "out": tmp_path, "limit": 1, "sampler": {}, "batch_size": 1}
-    with pytest.raises(ValueError, match="tasks must hold at least one"):
-        run_lm_eval(BASE, [], **options)
-    with pytest.raises(ValueError, match="ruler is of 4096 tokens if no lengths are given"):
-        run_lm_eval(BASE, ["ruler"], **options)
-    with pytest.raises(ValueError, match="at most the model's 1024 positions, got 2048"):
-        run_lm_eval(BASE, ["ruler"], lengths=[2048], **options)
-    with pytest.raises(ValueError, match="multiples of 1024 for babilong, got 1000"):
-        run_lm_eval(BASE, ["babilong"], lengths=[1000], **options)
-    with pytest.raises(ValueError, match="chat must be false"):
-        run_lm_eval(BASE, ["ruler"], chat=True, **options)
-    with pytest.raises(ValueError, match="must be of lm-evaluation-harness, got 'ruler_nothing'"):
-        run_lm_eval(BASE, ["ruler_nothing"], lengths=[1024], **options)
-    with pytest.raises(ValueError, match="lengths would not be read: tasks are longbench"):
-        run_lm_eval(BASE, ["longbench"], lengths=[1024], **options)
+@pytest.mark.parametrize(
+    ("task", "options", "message"),
+    [
+        ("ruler", {}, "ruler is of 4096 tokens if no length is given"),
+        ("ruler", {"length": 2048}, "at most the model's 1024 positions, got 2048"),
+        ("babilong", {"length": 1000}, "multiples of 1024 for babilong, got 1000"),
+        ("longbench", {"chat": True}, "chat must be false"),
+        ("ruler_nothing", {}, "must be of lm-evaluation-harness, got 'ruler_nothing'"),
+        ("longbench", {"length": 1024}, "length would not be read: task is longbench"),
+    ],
+)
+def test_bad_requests_of_the_harness_are_refused(model, task, options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run_lm_eval(model, task, out=tmp_path / "out", limit=1, sampler={}, **options)
+    assert not (tmp_path / "out").exists()
 
 
-def test_babilong_is_run_at_every_length(tmp_path, monkeypatch):
+def test_babilong_is_run_at_a_length(model, tmp_path, monkeypatch):
     asked = []
 
     def evaluate(*, model, tasks, task_manager, **options):
@@ -402,18 +412,40 @@ def test_babilong_is_run_at_every_length(tmp_path, monkeypatch):
         return {"results": {"babilong_qa1": {"acc,none": 1.0}}}
 
     monkeypatch.setattr(lm_eval, "simple_evaluate", evaluate)
-    options = {"memory": False, "out": tmp_path, "limit": 1, "sampler": {}, "batch_size": 1}
     monkeypatch.setattr(MemDLM, "max_length", 4096)
-    results = run_lm_eval(BASE, ["babilong", "babilong_qa1"], lengths=[1024, 4096], **options)
+    for task in ("babilong", "babilong_qa1"):
+        for length in (1024, 4096):
+            results = run_lm_eval(model, task, out=tmp_path, limit=1, sampler={}, length=length)
+            assert set(results) == {f"babilong_qa1 {length // 1024}k"}
     groups = [(["babilong_longctx"], "1k"), (["babilong_longctx"], "4k")]
     assert asked == [*groups, (["babilong_qa1"], "1k"), (["babilong_qa1"], "4k")]
-    assert set(results["results"]) == {"babilong_qa1 1k", "babilong_qa1 4k"}
+
+
+def test_an_evaluation_leaves_rolling_tasks_out_of_the_memorys_arm(tasks, tmp_path, monkeypatch):
+    folder, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(BASE_FOLDER, folder)
+    method = {
+        "diffusion": dataclasses.asdict(DiffusionConfig()),
+        "memory": dataclasses.asdict(MemoryConfig(rank=4)),
+    }
+    (folder / "memdlm.json").write_text(json.dumps(method), encoding="utf-8")
+    monkeypatch.setattr(run_module, "_manager", lambda folder, metadata: tasks)
+    monkeypatch.setitem(MemDLM.__init__.__kwdefaults__, "draws", 2)
+    options = {"model": str(folder), "tasks": "none", "out": str(out), "device": "cpu"}
+    named = EvalOptions(**options, lm_eval="memdlm_text,memdlm_choise", count=2)
+    with pytest.raises(ValueError, match="must be of lm-evaluation-harness, got 'memdlm_choise'"):
+        run_eval(named)
+    assert not out.exists()
+    table = run_eval(EvalOptions(**options, lm_eval="memdlm_text,memdlm_choice", count=2))
+    assert re.search(r"\| memdlm_text \| word_perplexity \| 2 \| [\d.]+[^|]*\|  \|", table)
+    assert re.search(r"\| memdlm_choice \| acc \| 2 \| [\d.]+ ± [\d.]+ \| [\d.]+", table)
+    assert "- train & inference, memdlm_text: left out, memory must be false" in table
 
 
 def test_folders_of_tasks_are_where_the_harness_has_them():
     names = ("ruler", "niah_single_1", "babilong", "babilong_longctx", "longbench", "longbench_lcc")
     for name in names:
-        where = run_module._where(name)
+        where = run_module._where(run_module._folder(name))
         assert where, name
         assert name in TaskManager(**where).all_tasks
 

@@ -58,7 +58,7 @@ def response_log_likelihood(
     The bound is the mean, over l ~ U{1..L} and every choice of l of the L response tokens, of
     (L / l) times the sum of log p of these l tokens, all l masked at once. The range of l is cut
     into as many strata as there are pairs of draws; the two of a pair are independent, so the
-    standard error is an unbiased one. Draws depend on the seed and the tokens alone.
+    square of the standard error is unbiased. Draws depend on the seed and the tokens alone.
 
     In block diffusion a masked token sees its own block and the clean blocks before it, as in
     training; masks are drawn over the whole response all the same. A random order of the response

@@ -25,7 +25,7 @@ class EvalOptions:
         out: folder of examples.jsonl, table.md, heatmap.png and summary.json. A run that was cut
             off goes on there, and other arms, tasks and lengths can be added.
         seed: of examples, samples and memories.
-        chat: ask through the tokenizer's chat template; if not given, where it has one.
+        chat: ask through the tokenizer's chat template; if not given, where all arms have one.
         dtype: of the weights; "auto" is what they were saved in.
         device: where the models run; the first GPU if there is one.
         load_in_4bit: quantise the weights to NF4.

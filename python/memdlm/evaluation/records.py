@@ -1,30 +1,16 @@
 """The folder of an evaluation: one JSON line for each answer, and what they were made with."""
 
-import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from memdlm.evaluation.arm import Arm
+from memdlm.evaluation.atomic_write import write_whole
+from memdlm.evaluation.files_hash import files_hash, short_hash
+
 _EXAMPLES_FILE = "examples.jsonl"
 _SETTINGS_FILE = "settings.json"
-_SAMPLE_BYTES = 1 << 16
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A model, with its memory or without.
-
-    Attributes:
-        name: in tables and rows.
-        folder: of the model, or its hub name.
-        memory: whether a memory is written from each prompt.
-    """
-
-    name: str
-    folder: str
-    memory: bool = False
 
 
 class Records:
@@ -36,8 +22,8 @@ class Records:
         arms: whose answers are to come.
 
     Raises:
-        ValueError: the folder cannot be written, or holds answers of other settings, or of another
-            model under the name of an arm.
+        ValueError: the folder cannot be written, holds a file that cannot be read, or answers of
+            other settings, or of another model under the name of an arm.
     """
 
     def __init__(self, out: str, settings: dict[str, Any], arms: Sequence[Arm]) -> None:
@@ -49,7 +35,7 @@ class Records:
         path = self.folder / _SETTINGS_FILE
         theirs: dict[str, Any] = {"settings": settings}
         if path.exists():
-            theirs = json.loads(path.read_text(encoding="utf-8"))
+            theirs = _parse(path.read_text(encoding="utf-8"), str(path))
         for key, value in settings.items():
             before = theirs["settings"].get(key)
             if before != value:
@@ -59,11 +45,14 @@ class Records:
                 )
         models = theirs.setdefault("models", {})
         for arm in arms:
-            ours = {"folder": arm.folder, "weights": _weights_hash(Path(arm.folder))}
-            if models.setdefault(arm.name, ours) != ours:
+            ours = {"folder": arm.folder, "weights": files_hash(Path(arm.folder))}
+            before = models.setdefault(arm.name, ours)
+            # A folder is what it holds, under any path; a hub name is all there is of its model.
+            key = "folder" if ours["weights"] is None else "weights"
+            if before[key] != ours[key]:
                 raise ValueError(
                     f"out {out} holds answers of another model as {arm.name!r}, from "
-                    f"{models[arm.name]['folder']}, got {arm.folder}: choose another folder"
+                    f"{before['folder']}, got {arm.folder}: choose another folder"
                 )
         self._settings = theirs
         self._write_settings()
@@ -77,12 +66,14 @@ class Records:
         lines = self._path.read_text(encoding="utf-8").split("\n")
         if lines.pop():
             whole = "".join(line + "\n" for line in lines)
-            self._path.write_text(whole, encoding="utf-8")
-        return [json.loads(line) for line in lines]
+            write_whole(self._path, whole)
+        return [
+            _parse(line, f"line {number} of {self._path}") for number, line in enumerate(lines, 1)
+        ]
 
     def _write_settings(self) -> None:
         text = json.dumps(self._settings, indent=2)
-        (self.folder / _SETTINGS_FILE).write_text(text + "\n", encoding="utf-8")
+        write_whole(self.folder / _SETTINGS_FILE, text + "\n")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -121,26 +112,14 @@ class Records:
 
 def settings_hash(settings: dict[str, Any]) -> str:
     """A short name for a set of options: the same for the same ones."""
-    return _hash(json.dumps(settings, sort_keys=True).encode())
+    return short_hash(json.dumps(settings, sort_keys=True).encode())
 
 
-def _weights_hash(folder: Path) -> str | None:
-    """Tells whether a folder still holds the same model; None for one of the hub.
-
-    Sizes, beginnings and ends of the files of weights: every tensor's shape is in there, and values
-    that training changes.
-    """
-    if not folder.is_dir():
-        return None
-    parts = []
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            beginning = file.read(_SAMPLE_BYTES)
-            file.seek(max(size - _SAMPLE_BYTES, 0))
-            parts.append(f"{path.name} {size} {_hash(beginning)} {_hash(file.read())}")
-    return _hash("\n".join(parts).encode())
-
-
-def _hash(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
+def _parse(text: str, place: str) -> dict[str, Any]:
+    try:
+        parsed: dict[str, Any] = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place} is not JSON ({error}): delete it, or choose another out") from (
+            error
+        )
+    return parsed

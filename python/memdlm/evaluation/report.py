@@ -29,7 +29,8 @@ class Cell(NamedTuple):
 
     Attributes:
         mean: of the scores.
-        error: the standard error of the mean; None for a single score.
+        error: the standard error of the mean; None where all scores are the same: they do not say
+            how far others may be.
         examples: how many scores there are.
         seconds: that an example took, on average.
     """
@@ -67,7 +68,7 @@ def make_cells(rows: Sequence[dict[str, Any]]) -> Cells:
 
 
 def _error(values: Sequence[float]) -> float | None:
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(set(values)) > 1 else None
 
 
 def _figure(mean: float, error: float | None, sign: str = "") -> str:
@@ -136,16 +137,24 @@ def _task_table(
 ) -> str:
     lines = []
     for arm in arms:
-        line = [arm]
+        counts = [cells[arm, task, n].examples for n in lengths if (arm, task, n) in cells]
+        line = [arm, _counts(counts)]
         for length in lengths:
             cell = cells.get((arm, task, length))
             missing = reasons.get((arm, length), "").partition(":")[0]
             line.append(_figure(cell.mean, cell.error) if cell else missing)
         lines.append(line)
-    counts = sorted({cell.examples for (_, name, _), cell in cells.items() if name == task})
-    many = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    title = f"## {task}: percent right, ± standard error ({many} examples)"
-    return f"{title}\n\n{_markdown(['', *(f'{length:,}' for length in lengths)], lines)}"
+    title = f"## {task}: percent right, ± standard error"
+    return f"{title}\n\n{_markdown(_head(lengths), lines)}"
+
+
+def _head(lengths: Sequence[int]) -> list[str]:
+    return ["", "examples", *(f"{length:,}" for length in lengths)]
+
+
+def _counts(counts: Sequence[int]) -> str:
+    """How many examples a row has, one number where all its lengths have as many."""
+    return ", ".join(map(str, counts if len(set(counts)) > 1 else counts[:1]))
 
 
 def _gain_table(
@@ -165,14 +174,14 @@ def _gain_table(
         return None
     lines = []
     for task in tasks:
-        line = [task]
+        line = [task, _counts([len(gains[task, n]) for n in lengths if (task, n) in gains])]
         for length in lengths:
             values = gains.get((task, length))
             mean_gain = statistics.fmean(values) if values else 0.0
             line.append(_figure(mean_gain, _error(values), "+") if values else "")
         lines.append(line)
     title = f"## {on} minus {off}: the same examples, paired"
-    return f"{title}\n\n{_markdown(['', *(f'{length:,}' for length in lengths)], lines)}"
+    return f"{title}\n\n{_markdown(_head(lengths), lines)}"
 
 
 def _runs_table(records: Records, arms: Sequence[str]) -> str:
@@ -244,11 +253,17 @@ def _short(length: int) -> str:
     return f"{length // 1024}k" if length % 1024 == 0 else f"{length:,}"
 
 
-def _harness_table(harness: dict[str, Any]) -> str:
-    """Every metric that lm-evaluation-harness gave, arm by arm."""
-    found: dict[tuple[str, str], dict[str, str]] = collections.defaultdict(dict)
-    for arm, results in harness.items():
-        for task, metrics in results.items():
+def _harness_table(harness: Sequence[dict[str, Any]]) -> str:
+    """Every metric that lm-evaluation-harness gave, arm by arm; other numbers of examples apart."""
+    found: dict[tuple[str, str, str], dict[str, str]] = collections.defaultdict(dict)
+    notes = []
+    for run in harness:
+        arm, asked = run["arm"], run["asked"]
+        if "left_out" in run:
+            notes.append(f"- {arm}, {asked['task']}: left out, {run['left_out']}.")
+        for task, metrics in run["results"].items():
+            # A group has tasks, not examples.
+            count = str(metrics.get("sample_len", f"{asked['limit']} each"))
             for name, value in metrics.items():
                 metric, _, rule = name.partition(",")
                 error = metrics.get(f"{metric}_stderr,{rule}")
@@ -257,10 +272,12 @@ def _harness_table(harness: dict[str, Any]) -> str:
                 if metric.endswith("_stderr") or not measured:
                     continue
                 known = isinstance(error, int | float)
-                found[task, metric][arm] = f"{value:.4f}" + (f" ± {error:.4f}" if known else "")
-    arms = [arm for arm in ARMS if arm in harness]
+                figure = f"{value:.4f}" + (f" ± {error:.4f}" if known else "")
+                found[task, metric, count][arm] = figure
+    arms = [arm for arm in ARMS if arm in {run["arm"] for run in harness}]
     lines = [
-        [task, metric, *(by_arm.get(arm, "") for arm in arms)]
-        for (task, metric), by_arm in found.items()
+        [*key, *(by_arm.get(arm, "") for arm in arms)] for key, by_arm in sorted(found.items())
     ]
-    return f"## lm-evaluation-harness\n\n{_markdown(['task', 'metric', *arms], lines)}"
+    parts = ["## lm-evaluation-harness"]
+    parts += [_markdown(["task", "metric", "examples", *arms], lines)] if lines else []
+    return "\n\n".join([*parts, *(["\n".join(notes)] if notes else [])])

@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from memdlm.checkpoint import METHOD_FILE
+from memdlm.evaluation.arm import Arm, read_positions, read_tokenizer
 from memdlm.evaluation.harness import check_harness, run_harness
 from memdlm.evaluation.held_out import Adapt, no_memory
 from memdlm.evaluation.options import EvalOptions
-from memdlm.evaluation.records import Arm, Records, settings_hash
+from memdlm.evaluation.records import Records, settings_hash
 from memdlm.evaluation.report import write_report
 from memdlm.evaluation.scoring import score
 from memdlm.evaluation.tasks import ANSWER_TOKENS, Example, build
-from memdlm.inference import Checkpoint, first_line, load_checkpoint
+from memdlm.inference import Checkpoint, load_checkpoint
 from memdlm.prompt_memory import PromptMemory
 from memdlm.sampler import Sampler, SamplerConfig, sampler_config
 
@@ -41,25 +42,35 @@ def run_eval(options: EvalOptions) -> str:
 
     Raises:
         ValueError: before any answer, a folder without a readable model, a `model` that was trained
-            without a memory, sampler options that do not go together, a length that cannot hold a
-            task, `lm_eval` without the harness, or an `out` with answers of other settings.
+            without a memory, arms of which only some have a chat template while `chat` is not
+            given, sampler options that do not go together, a length that cannot hold a task or that
+            its words cannot fill, `lm_eval` without the harness or with a task that it does not
+            have, or an `out` with answers of other settings.
     """
     arms = make_arms(options)
     configs = {task: _config(options, task) for task in options.task_names}
-    for folder in dict.fromkeys(arm.folder for arm in arms):
-        _check_lengths(options, folder, configs)
-    check_harness(options)
+    folders = list(dict.fromkeys(arm.folder for arm in arms))
+    tokenizers = {folder: read_tokenizer(folder) for folder in folders}
+    options = dataclasses.replace(options, chat=_resolve_chat(options, tokenizers))
+    positions = {folder: read_positions(folder) for folder in folders}
+    for folder in folders:
+        _check_lengths(options, tokenizers[folder], positions[folder], configs)
+    check_harness(options, arms)
     records = Records(options.out, _settings(options), arms)
-    if options.task_names:
-        for folder in dict.fromkeys(arm.folder for arm in arms):
+    try:
+        for folder in folders if options.task_names else []:
             own = [arm for arm in arms if arm.folder == folder]
-            _ask_arms(options, own, configs, records)
+            _ask_arms(options, own, positions[folder], configs, records)
             gc.collect()
-    table = write_report(records)
-    if not options.harness_tasks:
-        return table
-    run_harness(options, arms)
-    return write_report(records)
+        for arm in arms if options.harness_tasks else []:
+            # A task may take hours: a kill leaves what there is.
+            write_report(records)
+            run_harness(options, arm)
+            gc.collect()
+    finally:
+        # What was measured before an error or an interrupt is in the table too.
+        table = write_report(records)
+    return table
 
 
 def make_arms(options: EvalOptions) -> list[Arm]:
@@ -95,20 +106,35 @@ def _config(options: EvalOptions, task: str) -> SamplerConfig:
     return config
 
 
-def _check_lengths(options: EvalOptions, folder: str, configs: dict[str, SamplerConfig]) -> None:
-    """Make the shortest examples, which fails where a length cannot hold its task."""
-    path = Path(folder)
-    if path.is_dir():
-        if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
-            raise ValueError(f"base, plain and model must each hold a model, got {folder}")
-        if not (path / "tokenizer_config.json").is_file():
-            return  # An adapter's tokenizer is its base's, which comes with the checkpoint.
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"tokenizer of {folder} cannot be read: {first_line(error)}") from error
+def _resolve_chat(options: EvalOptions, tokenizers: dict[str, PreTrainedTokenizerBase]) -> bool:
+    """Whether all the arms are asked through their chat template: all in one way."""
+    have = {folder: t.chat_template is not None for folder, t in tokenizers.items()}
+    without = [folder for folder, has_template in have.items() if not has_template]
+    if options.chat and without:
+        raise ValueError(
+            f"chat must be false: the tokenizer of {without[0]} has no chat template, got true"
+        )
+    if options.chat is None and len(set(have.values())) > 1:
+        raise ValueError(
+            "chat must be given as false, or arms would be asked in different ways: the tokenizer "
+            f"of {without[0]} has no chat template, another arm's has one"
+        )
+    return not without if options.chat is None else options.chat
+
+
+def _check_lengths(
+    options: EvalOptions,
+    tokenizer: PreTrainedTokenizerBase,
+    positions: int,
+    configs: dict[str, SamplerConfig],
+) -> None:
+    """Make examples of every length that fits: fails where one cannot hold or fill its task."""
+    lengths = [length for length in options.token_lengths if length <= positions]
     for task, config in configs.items():
-        _build(options, tokenizer, task, options.token_lengths[0], config)
+        for length in lengths:
+            # The shortest is where one of many examples may not fit.
+            count = options.count if length == lengths[0] else 1
+            _build(options, tokenizer, task, length, count, config)
 
 
 def _build(
@@ -116,17 +142,17 @@ def _build(
     tokenizer: PreTrainedTokenizerBase,
     task: str,
     length: int,
+    count: int,
     config: SamplerConfig,
 ) -> list[Example]:
-    has_template = tokenizer.chat_template is not None
     return build(
         task,
         tokenizer,
         length,
-        options.count,
+        count,
         options.seed,
         answer_tokens=config.max_new_tokens,
-        chat=has_template if options.chat is None else options.chat,
+        chat=bool(options.chat),
     )
 
 
@@ -139,13 +165,21 @@ def _settings(options: EvalOptions) -> dict[str, Any]:
 def _ask_arms(
     options: EvalOptions,
     arms: Sequence[Arm],
+    positions: int,
     configs: dict[str, SamplerConfig],
     records: Records,
 ) -> None:
     """Ask the arms of one checkpoint everything that has no answer yet."""
     cells = [(task, length) for task in options.task_names for length in options.token_lengths]
+    fitting = []
+    for task, length in cells:
+        if length <= positions:
+            fitting.append((task, length))
+            continue
+        for arm in arms:
+            records.skip(arm, length, f"does not fit: the model has {positions:,} positions")
     missing = {
-        (arm, cell): records.missing(arm, *cell, options.count) for arm in arms for cell in cells
+        (arm, cell): records.missing(arm, *cell, options.count) for arm in arms for cell in fitting
     }
     if not any(missing.values()):
         return
@@ -155,15 +189,6 @@ def _ask_arms(
         device=options.device,
         load_in_4bit=options.load_in_4bit,
     )
-    positions = checkpoint.max_length
-    for arm, (_, length) in missing:
-        if length > positions:
-            records.skip(arm, length, f"does not fit: the model has {positions:,} positions")
-    todo = {
-        (arm, (task, length)): indices
-        for (arm, (task, length)), indices in missing.items()
-        if indices and length <= positions
-    }
     with contextlib.ExitStack() as stack:
         adapts: dict[Arm, Adapt] = {}
         for arm in arms:
@@ -174,16 +199,16 @@ def _ask_arms(
                 )
                 stack.callback(memory.detach)
                 adapts[arm] = memory.adapt
-        bar = stack.enter_context(tqdm(total=sum(map(len, todo.values())), desc="answers"))
-        for task, length in cells:
+        bar = stack.enter_context(tqdm(total=sum(map(len, missing.values())), desc="answers"))
+        for task, length in fitting:
             examples: list[Example] = []
             for arm in arms:
-                wanted = todo.get((arm, (task, length)), [])
+                wanted = missing[arm, (task, length)]
                 if not wanted:
                     continue
                 bar.set_postfix_str(f"{arm.name}, {task}, {length:,} tokens")
                 examples = examples or _build(
-                    options, checkpoint.tokenizer, task, length, configs[task]
+                    options, checkpoint.tokenizer, task, length, options.count, configs[task]
                 )
                 asked = [examples[index] for index in wanted]
                 for rows in _answers(options, checkpoint, adapts[arm], asked, configs[task]):

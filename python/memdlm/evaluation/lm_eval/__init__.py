@@ -11,7 +11,7 @@ except ImportError as error:
         f"memdlm.evaluation.lm_eval needs lm-eval ({error}): pip install memdlm-kernels[eval]"
     ) from error
 
-from memdlm.evaluation.lm_eval.model import MemDLM
-from memdlm.evaluation.lm_eval.run import RESULTS_FILE, read_lengths, run_lm_eval
+from memdlm.evaluation.lm_eval.model import MemDLM, NoPromptError
+from memdlm.evaluation.lm_eval.run import check_task, reads_length, run_lm_eval
 
-__all__ = ["RESULTS_FILE", "MemDLM", "read_lengths", "run_lm_eval"]
+__all__ = ["MemDLM", "NoPromptError", "check_task", "reads_length", "run_lm_eval"]

@@ -1,5 +1,7 @@
 """The model "memdlm" of lm-evaluation-harness."""
 
+import collections
+import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -15,12 +17,16 @@ from memdlm.evaluation.likelihood import DRAWS, LogLikelihood, response_log_like
 from memdlm.evaluation.lm_eval.arguments import request_config
 from memdlm.inference import load_checkpoint
 from memdlm.prompt_memory import PromptMemory
-from memdlm.sampler import Sampler, SamplerConfig, row_seeds
+from memdlm.sampler import Sampler, SamplerConfig
 
 logger = logging.getLogger(__name__)
 
 # Tasks set these for every request: a model argument would not be read.
 OF_THE_TASK = ("max_new_tokens", "temperature", "gen_length")
+
+
+class NoPromptError(ValueError):
+    """A task of texts without a prompt, which have nothing to write a memory from."""
 
 
 @register_model("memdlm")
@@ -241,10 +247,10 @@ class MemDLM(TemplateLM):
             Nats of each text.
 
         Raises:
-            ValueError: the memory is on.
+            NoPromptError: the memory is on.
         """
         if self.memory is not None:
-            raise ValueError(
+            raise NoPromptError(
                 "memory must be false for tasks of rolling log-likelihood: a text without a prompt "
                 "has nothing to write a memory from"
             )
@@ -310,7 +316,6 @@ class MemDLM(TemplateLM):
         with tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm) as bar:
             for key, own in groups.items():
                 config = configs[key]
-                seeds = row_seeds(config.seed, len(requests))
                 encoded = [self.tok_encode(requests[number].args[0]) for number in own]
                 prompts = dict(
                     zip(
@@ -319,6 +324,7 @@ class MemDLM(TemplateLM):
                         strict=True,
                     )
                 )
+                seeds = dict(zip(own, _seeds(config.seed, list(prompts.values())), strict=True))
                 # The longest first: what does not fit in memory fails at once.
                 order = sorted(own, key=lambda number: -len(prompts[number]))
                 for first in range(0, len(order), self.batch_size):
@@ -372,3 +378,14 @@ class MemDLM(TemplateLM):
 
 def _needs_temperature(options: Mapping[str, Any]) -> bool:
     return any(name in options for name in ("top_k", "top_p", "tempered_confidence"))
+
+
+def _seeds(seed: int, prompts: Sequence[Sequence[int]]) -> list[int]:
+    """A seed of each prompt's own, wherever it stands; of one that comes again, another."""
+    times: collections.Counter[tuple[int, ...]] = collections.Counter()
+    seeds = []
+    for prompt in map(tuple, prompts):
+        digest = hashlib.sha256(f"{seed}/{times[prompt]}/{prompt}".encode()).digest()
+        seeds.append(int.from_bytes(digest[:8], "big") >> 1)
+        times[prompt] += 1
+    return seeds

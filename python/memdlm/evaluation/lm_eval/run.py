@@ -1,5 +1,6 @@
 """Tasks of lm-evaluation-harness on a checkpoint, in one call."""
 
+import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -11,12 +12,14 @@ import lm_eval.tasks
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 
+from memdlm.evaluation.atomic_write import write_whole
 from memdlm.evaluation.lm_eval.arguments import generation_arguments
 from memdlm.evaluation.lm_eval.model import MemDLM
 
 RESULTS_FILE = "lm_eval.json"
-# The lengths, in tokens, that the harness's RULER takes if it is told none.
-RULER_LENGTHS = (4096,)
+# The length, in tokens, that the harness's RULER takes if it is told none.
+RULER_LENGTH = 4096
+_LENGTH_UNIT = 1024
 # How the names of a folder's tasks begin. The harness reads 15,000 files to find any other.
 FOLDERS = {"ruler": ("ruler", "niah_"), "babilong": ("babilong",), "longbench": ("longbench",)}
 WITH_LENGTHS = ("ruler", "babilong")
@@ -47,115 +50,99 @@ def _reason(error: Exception) -> str:
 
 
 def run_lm_eval(
-    folder: str,
-    tasks: list[str],
+    model: MemDLM,
+    task: str,
     *,
-    memory: bool,
     out: Path,
     limit: int | None,
-    sampler: dict[str, Any],
-    batch_size: int,
-    lengths: Sequence[int] | None = None,
+    sampler: Mapping[str, Any],
+    length: int | None = None,
     chat: bool | None = None,
-    model_args: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Run tasks of lm-evaluation-harness on a checkpoint.
+) -> dict[str, dict[str, Any]]:
+    """Run a task of lm-evaluation-harness on a model.
 
     Args:
-        folder: as for `load_checkpoint`.
-        tasks: names of the harness: "ruler", "babilong" and "longbench" are groups; any other
+        model: what is asked.
+        task: a name of the harness: "ruler", "babilong" and "longbench" are groups; any other
             group, tag or task will do, "ruler_cwe" for instance.
-        memory: write a memory from each context.
-        out: folder of lm_eval.json.
+        out: folder of lm_eval.json, all that the harness gives.
         limit: examples of each task; None for all.
         sampler: options of the sampler, which replace the tasks' own.
-        batch_size: requests of a batch.
-        lengths: tokens of RULER's prompts and answers; and, of BABILong, the texts' of the first
-            five tasks, multiples of 1,024. None for 4,096, and for BABILong without any text
-            around its facts.
+        length: tokens of RULER's prompts and answers; of BABILong, the texts' of the first five
+            tasks, a multiple of 1,024. One for each run: `limit` would take examples of the first
+            of several only. None for 4,096, and for BABILong without any text around its facts.
         chat: ask through the chat template; None for where the tokenizer has one.
-        model_args: other arguments of `MemDLM`.
 
     Returns:
-        `results`: each task and group to its metrics, by the harness's names.
+        Each task and group to its metrics, by the harness's names.
 
     Raises:
-        ValueError: no task, an unknown one, one that needs what is not here and cannot be fetched,
-            a length that the model has no positions for, or what `MemDLM` refuses.
+        ValueError: an unknown task, one that needs what is not here and cannot be fetched, a length
+            that the model has no positions for or that the task does not read, or what the model
+            refuses.
+        NoPromptError: the model's memory is on, and the task's texts have no prompt.
     """
-    if not tasks:
-        raise ValueError("tasks must hold at least one, got none")
-    arguments = generation_arguments(sampler)
-    own = dict(model_args or {})
-    if "seed" in arguments:  # it is also that of the bound and the memory
-        own.setdefault("seed", arguments.pop("seed"))
-    lm = MemDLM(folder, memory=memory, batch_size=batch_size, **own)
-    if lengths and not read_lengths(tasks):
-        raise ValueError(f"lengths would not be read: tasks are {', '.join(tasks)}")
-    for length in lengths or ():
-        if length > lm.max_length:
-            raise ValueError(
-                f"lengths must be at most the model's {lm.max_length} positions, got {length}"
-            )
-    with_template = bool(lm.tokenizer.chat_template) if chat is None else chat
-    if with_template and not lm.tokenizer.chat_template:
-        raise ValueError(f"chat must be false: the tokenizer of {folder} has no chat template")
-    options: dict[str, Any] = {
-        "limit": limit,
-        "log_samples": False,
-        "apply_chat_template": with_template,
-        "gen_kwargs": arguments or None,
-    }
-    found: dict[str, Any] = {}
-    every: dict[str, Any] = {}
-    for task, suffix, data in _harness_tasks(tasks, lengths, lm):
-        manager = _Tasks(
-            metadata={"tokenizer": str(lm.tokenizer.name_or_path), **data}, **_where(task)
+    if length is not None and not reads_length(task):
+        raise ValueError(f"length would not be read: task is {task}")
+    if length is not None and length > model.max_length:
+        raise ValueError(
+            f"length must be at most the model's {model.max_length} positions, got {length}"
         )
-        if task not in manager.all_tasks:
-            raise ValueError(f"tasks must be of lm-evaluation-harness, got {task!r}")
-        results = lm_eval.simple_evaluate(model=lm, tasks=[task], task_manager=manager, **options)
-        every[task + suffix] = results
-        for each, metrics in results["results"].items():
-            found[each + suffix] = _measured(metrics, data.get("max_seq_lengths"))
-    out.mkdir(parents=True, exist_ok=True)
-    (out / RESULTS_FILE).write_text(
-        json.dumps(every, indent=2, default=handle_non_serializable), encoding="utf-8"
+    with_template = bool(model.tokenizer.chat_template) if chat is None else chat
+    if with_template and not model.tokenizer.chat_template:
+        raise ValueError("chat must be false: the tokenizer has no chat template, got true")
+    check_task(task, () if length is None else (length,))
+    name, suffix, lengths = task, "", None
+    metadata: dict[str, Any] = {"tokenizer": str(model.tokenizer.name_or_path)}
+    if _folder(task) == "ruler":
+        lengths = [length or RULER_LENGTH]
+        metadata["max_seq_lengths"] = lengths
+        if lengths[0] > model.max_length:
+            raise ValueError(
+                f"{task} is of {RULER_LENGTH} tokens if no length is given, and the model has "
+                f"{model.max_length} positions"
+            )
+    elif length is not None:
+        name, size = WITH_TEXT.get(task, task), f"{length // _LENGTH_UNIT}k"
+        suffix = f" {size}"
+        metadata["max_seq_lengths"] = size
+    every = lm_eval.simple_evaluate(
+        model=model,
+        tasks=[name],
+        task_manager=_manager(_folder(task), json.dumps(metadata)),
+        limit=limit,
+        log_samples=False,
+        apply_chat_template=with_template,
+        gen_kwargs=generation_arguments(sampler) or None,
     )
-    return {"results": found}
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(every, indent=2, default=handle_non_serializable)
+    write_whole(out / RESULTS_FILE, text)
+    return {
+        each + suffix: _measured(metrics, lengths) for each, metrics in every["results"].items()
+    }
 
 
-def _harness_tasks(
-    tasks: Sequence[str], lengths: Sequence[int] | None, lm: MemDLM
-) -> list[tuple[str, str, dict[str, Any]]]:
-    """Of each run: the task, what tells it from others of its name, what its data depends on."""
-    runs: list[tuple[str, str, dict[str, Any]]] = []
-    for task in tasks:
-        if _folder(task) == "ruler":
-            own = list(lengths or RULER_LENGTHS)
-            if max(own) > lm.max_length:
-                raise ValueError(
-                    f"{task} is of {max(own)} tokens if no lengths are given, and the model has "
-                    f"{lm.max_length} positions"
-                )
-            runs.append((task, "", {"max_seq_lengths": own}))
-        elif _folder(task) == "babilong" and lengths:
-            for length in lengths:
-                if length % 1024:
-                    raise ValueError(
-                        f"lengths must be multiples of 1024 for babilong, got {length}"
-                    )
-                size = f"{length // 1024}k"
-                data = {"max_seq_lengths": size}
-                runs.append((WITH_TEXT.get(task, task), f" {size}", data))
-        else:
-            runs.append((task, "", {}))
-    return runs
+def check_task(task: str, lengths: Sequence[int]) -> None:
+    """Refuse a task that the harness does not have, or has no data of a length for.
+
+    Args:
+        task: as for `run_lm_eval`.
+        lengths: likewise, those that it will be asked at.
+
+    Raises:
+        ValueError: as said.
+    """
+    odd = [length for length in lengths if length % _LENGTH_UNIT]
+    if _folder(task) == "babilong" and odd:
+        raise ValueError(f"lengths must be multiples of {_LENGTH_UNIT} for babilong, got {odd[0]}")
+    if task not in _manager(_folder(task), "{}").all_tasks:
+        raise ValueError(f"tasks must be of lm-evaluation-harness, got {task!r}")
 
 
-def _measured(metrics: Mapping[str, Any], lengths: Any) -> dict[str, Any]:
-    """The metrics of a task; of RULER's, which are named by length, those of the lengths it had."""
-    if not isinstance(lengths, list):
+def _measured(metrics: Mapping[str, Any], lengths: Sequence[int] | None) -> dict[str, Any]:
+    """The metrics of a task; of RULER's, which are named by length, those of the length it had."""
+    if lengths is None:
         return dict(metrics)
     names = {str(length) for length in lengths}
     wanted = {*names, *(f"{name}_stderr" for name in names)}
@@ -167,18 +154,23 @@ def _measured(metrics: Mapping[str, Any], lengths: Any) -> dict[str, Any]:
     }
 
 
-def read_lengths(tasks: Sequence[str]) -> bool:
-    """Whether any of the tasks can be asked at a length of one's choice."""
-    return any(_folder(task) in WITH_LENGTHS for task in tasks)
+def reads_length(task: str) -> bool:
+    """Whether a task can be asked at a length of one's choice."""
+    return _folder(task) in WITH_LENGTHS
+
+
+@functools.cache
+def _manager(folder: str | None, metadata: str) -> _Tasks:
+    """The tasks of a folder; without one all, whose 15,000 files take a while to read."""
+    return _Tasks(metadata=json.loads(metadata), **_where(folder))
 
 
 def _folder(task: str) -> str | None:
     return next((name for name, starts in FOLDERS.items() if task.startswith(starts)), None)
 
 
-def _where(task: str) -> dict[str, Any]:
-    """Where to look for a task: arguments of `TaskManager`."""
-    folder = _folder(task)
+def _where(folder: str | None) -> dict[str, Any]:
+    """Where to look for a folder's tasks: arguments of `TaskManager`."""
     if folder is None:
         return {}
     path = Path(lm_eval.tasks.__file__).parent / folder

@@ -1,5 +1,6 @@
 """Common words (RULER, arXiv 2404.06654): the ten words that a long list names most often."""
 
+import functools
 import random
 from collections.abc import Sequence
 
@@ -29,9 +30,9 @@ def draft_common_words(rng: random.Random, length: int) -> Draft:
     """
     repeats, rare = next((often, rare) for least, often, rare in _REPEATS if length >= least)
     shot = _solved(rng) if length >= _SHOT_FROM else ""
-    words = list(word_list())
-    rng.shuffle(words)
-    common, others = words[:_COMMON], words[_COMMON:]
+    common = rng.sample(_whole_words(), _COMMON)
+    others = [word for word in word_list() if word not in common]
+    rng.shuffle(others)
     order = rng.getrandbits(32)
 
     def body(size: int) -> str:
@@ -41,6 +42,13 @@ def draft_common_words(rng: random.Random, length: int) -> Draft:
         return shot + _ask(items)
 
     return Draft(body, len(others) - 1, _QUESTION, _PREFIX, tuple(common))
+
+
+@functools.cache
+def _whole_words() -> tuple[str, ...]:
+    """The words that are no part of another: a wrong answer does not hold one by chance."""
+    joined = " ".join(word_list())
+    return tuple(word for word in word_list() if joined.count(word) == 1)
 
 
 def _numbered(items: Sequence[str]) -> str:
