@@ -141,7 +141,7 @@ def generate(words: Sequence[str]) -> None:
     """Write responses to prompts, with a memory of the prompts or without."""
     from memdlm.key_values import read_command_line, suggest, typed
     from memdlm.sampler import SamplerConfig, sampler_config
-    from memdlm.sampler.aliases import ALIASES, PER_BLOCK
+    from memdlm.sampler.aliases import ALIASES
     from memdlm.sampler.command import GenerateOptions, run_generate
 
     if any(word in HELP for word in words):
@@ -149,7 +149,7 @@ def generate(words: Sequence[str]) -> None:
         return
     own, sampling = get_type_hints(GenerateOptions), get_type_hints(SamplerConfig)
     sampling |= {name: sampling[ours] for name, ours in ALIASES.items()}
-    sampling |= {"alg": str, **dict.fromkeys(PER_BLOCK, int)}
+    sampling["alg"] = str
     given = read_command_line(words, own | sampling)
     for key in given:
         if key not in own | sampling:
@@ -166,7 +166,7 @@ def _sampler_help() -> list[str]:
     """The help of a sampler's options, with their other names."""
     from memdlm.key_values import describe
     from memdlm.sampler import SamplerConfig
-    from memdlm.sampler.aliases import ALIASES, PER_BLOCK
+    from memdlm.sampler.aliases import ALIASES
 
     hints, fields = get_type_hints(SamplerConfig), dataclasses.fields(SamplerConfig)
     defaults = {field.name: f"default {_yaml(_default(field))}" for field in fields}
@@ -174,7 +174,7 @@ def _sampler_help() -> list[str]:
     for name, meaning in _meanings(SamplerConfig).items():
         lines += _entry(name, describe(hints[name]), defaults[name], meaning)
     lines += ["", "Other names of these"]
-    return lines + [f"  --{name}: {ours}" for name, ours in (ALIASES | PER_BLOCK).items()]
+    return lines + [f"  --{name}: {ours}" for name, ours in ALIASES.items()]
 
 
 def _read(command: str, kind: type[Any], words: Sequence[str]) -> Any:

@@ -10,7 +10,7 @@ from memdlm.cli import main
 from memdlm.demo.examples import BASE_FOLDER, build_examples, load_tokenizer
 from memdlm.inference import load_checkpoint
 from memdlm.sampler.command import prompt_tokens
-from memdlm.sampler.stream import MASK, Stream
+from memdlm.sampler.stream import MASK, Stream, wrapped
 from tests.trainer.trainer_case import tiny_model, tiny_tokenizer
 
 CHAT = (
@@ -70,6 +70,15 @@ def test_a_file_of_prompts_is_a_batch(needles, tmp_path, capsys):
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == written
 
 
+def test_several_responses_are_told_apart(needles, tmp_path, capsys):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text, _ in needles))
+    assert generate(BASE_FOLDER, "--prompt_file", path, "--batch_size", 2, "--gen_length", 2) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[::2] == ["# 0", "# 1", "# 2"]
+    assert [line.strip(" .") for line in lines[1::2]] == [value for _, value in needles]
+
+
 def test_a_text_file_is_one_prompt(needles, tmp_path, capsys):
     path = tmp_path / "prompt.txt"
     path.write_text(needles[1][0] + "\n", encoding="utf-8")
@@ -113,6 +122,26 @@ def test_on_a_terminal_the_canvas_is_drawn_in_place(monkeypatch):
     assert out.getvalue().endswith("\x1b[1A\r\x1b[J")
 
 
+def test_wide_characters_take_two_columns():
+    assert wrapped("漢" * 19, 20) == ["漢" * 10, "漢" * 9]
+    assert wrapped("one two three", 8) == ["one two", "three"]
+    assert wrapped("e\u0301" * 8, 8) == ["e\u0301" * 8]
+    assert wrapped("", 8) == [""]
+
+
+def test_a_stream_is_closed_after_an_error(tiny, monkeypatch):
+    closed = []
+    monkeypatch.setattr("memdlm.sampler.stream.Stream.close", lambda self: closed.append(self))
+
+    def broken(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("memdlm.sampler.stream.Stream.show", broken)
+    with pytest.raises(KeyboardInterrupt):
+        generate(tiny, "--prompt", "one", "--gen_length", 3, "--stream", "true")
+    assert len(closed) == 1
+
+
 def test_a_prompt_has_the_chat_template_where_there_is_one():
     plain, chat = tiny_tokenizer(), tiny_tokenizer(chat_template=CHAT)
     own = plain("one two", add_special_tokens=False).input_ids
@@ -142,6 +171,7 @@ def test_help_tells_every_option_and_its_other_names(capsys):
         "--save_memory:",
         "--threshold:",
         "--gen_length: max_new_tokens",
+        "--num_to_transfer: min_reveal",
     ):
         assert word in text
     assert "--remasking: one of low_confidence, entropy, margin, random, origin" in text
@@ -168,7 +198,17 @@ def test_help_tells_every_option_and_its_other_names(capsys):
             "memory would not be read: load_memory is given",
         ),
         (["--prompt", "one", "--memory", "true"], "no memory in its memdlm.json"),
-        (["--prompt", "one", "--load_memory", "m"], "no memory in its memdlm.json"),
+        (["--prompt", "one", "--load_memory", __file__], "no memory in its memdlm.json"),
+        (["--prompt", "one", "--load_memory", "none/m"], "load_memory must be a file, got none/m"),
+        (
+            ["--prompt", "one", "--memory", "true", "--save_memory", "none/m"],
+            "save_memory must be a file in a folder that exists, got none/m",
+        ),
+        (["--prompt", "one", "--budget_gib", "1"], "budget_gib would not be read: memory is false"),
+        (
+            ["--prompt", "one", "--memory", "true", "--budget_gib", "0"],
+            "budget_gib must be a number above 0, got 0",
+        ),
         (["--prompt", "one", "--batch_size", "0"], "batch_size must be at least 1, got 0"),
         (["--prompt_file", "none.txt"], "prompt_file none.txt cannot be read"),
         (["--prompt_file", "data.csv"], "prompt_file must be a .txt or .jsonl file"),
@@ -239,5 +279,31 @@ def test_a_memory_is_written_kept_and_read_again(trained, tmp_path, capsys):
     assert with_memory[0] != without
     two = tmp_path / "two.jsonl"
     two.write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
-    assert generate(trained, "--prompt_file", two, "--load_memory", file) == 2
+    assert generate(trained, "--prompt_file", two, "--load_memory", file, "--gen_length", 8) == 2
     assert "a memory for each of 2 prompts, got 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bad", ["one " * 70, ""])
+def test_every_prompt_is_checked_before_anything_is_written(trained, tmp_path, capsys, bad):
+    path, file = tmp_path / "prompts.jsonl", tmp_path / "m"
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("one", bad)))
+    asked = ("--prompt_file", path, "--gen_length", 4)
+    for words in (
+        ("--batch_size", 1),
+        ("--memory", "true", "--save_memory", file),
+    ):
+        assert generate(trained, *asked, *words) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert ("for prompt 1" if bad else "in number 1") in captured.err
+        assert not file.exists()
+
+
+def test_a_memory_is_written_within_a_budget(trained, capsys):
+    asked = ("--prompt", "the magic number of one is", "--gen_length", 8, "--memory", "true")
+    assert generate(trained, *asked) == 0
+    whole = capsys.readouterr().out
+    assert generate(trained, *asked, "--budget_gib", 1) == 0
+    assert capsys.readouterr().out == whole
+    assert generate(trained, *asked, "--budget_gib", 1e-9) == 2
+    assert "budget_gib must be at least" in capsys.readouterr().err

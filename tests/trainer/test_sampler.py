@@ -11,7 +11,8 @@ from memdlm.config import DiffusionConfig, MemoryConfig
 from memdlm.data.collator import MaskCollator
 from memdlm.objective import MemDLMObjective
 from memdlm.sampler import Sampler, SamplerConfig, row_seeds, sampler_config
-from memdlm.sampler.schedule import even_split, reveal_probabilities
+from memdlm.sampler.confidence import guess
+from memdlm.sampler.schedule import even_split, reveal_probabilities, time_grid_split
 from tests.families import make_family_model
 from tests.tiny import MASK, PAD, VOCABULARY, make_model
 
@@ -75,7 +76,7 @@ def noise(generator, *shape):
     return (-(-draws.log()).log()).tolist()
 
 
-def slow(model, tokens, blocks, seed=0, canvas_block=None, ends=(), **options):
+def slow(model, tokens, blocks, seed=0, ends=(), **options):
     """Fill the positions of each block, one block after the other."""
     c = SamplerConfig(**options)
     generator = torch.Generator().manual_seed(seed)
@@ -84,7 +85,8 @@ def slow(model, tokens, blocks, seed=0, canvas_block=None, ends=(), **options):
     for block, steps in blocks:
         masked_at_first = len(block)
         steps = steps or masked_at_first
-        times = [1 + (1e-3 - 1) * i / steps for i in range(steps + 1)]
+        epsilon = c.time_epsilon or 1e-3
+        times = [1 + (epsilon - 1) * i / steps for i in range(steps + 1)]
         step = post_steps = 0
         while True:
             masked = [at for at in block if tokens[at] == MASK]
@@ -93,9 +95,17 @@ def slow(model, tokens, blocks, seed=0, canvas_block=None, ends=(), **options):
                 if c.edit_threshold is None or post_steps > (c.max_post_steps or 16):
                     break
             looked_at, reveal = list(masked), None
+            due = masked_at_first // steps + (step < masked_at_first % steps)
+            if c.min_reveal:
+                due = c.min_reveal
+            if c.reveal == "time_grid" and masked:
+                chance = 1 - times[step + 1] / times[step] if step < steps - 1 else 1
+                due = math.floor(len(masked) * chance)
+                if due == 0:
+                    step += 1
+                    continue
             if c.remasking == "random":
                 draws = torch.rand(len(masked), dtype=torch.float64, generator=generator).tolist()
-                due = masked_at_first // steps + (step < masked_at_first % steps)
                 least = sorted(draws)[:due]
                 looked_at = reveal = [a for a, d in zip(masked, draws, strict=True) if d in least]
             if c.remasking == "origin":
@@ -110,10 +120,10 @@ def slow(model, tokens, blocks, seed=0, canvas_block=None, ends=(), **options):
             if not looked_at:
                 continue
 
-            logits = all_logits(model, tokens, canvas_block)
+            logits = all_logits(model, tokens, None)
             if c.cfg_scale:
                 hidden = [MASK if known else t for t, known in zip(tokens, given, strict=True)]
-                base = all_logits(model, hidden, canvas_block)
+                base = all_logits(model, hidden, None)
                 logits = base + (c.cfg_scale + 1) * (logits - base)
             logits = logits.tolist()
             gumbels = noise(generator, len(looked_at), VOCABULARY) if c.temperature else None
@@ -128,15 +138,14 @@ def slow(model, tokens, blocks, seed=0, canvas_block=None, ends=(), **options):
                     scores = [x + g for x, g in zip(own_drawn, gumbels[i], strict=True)]
                     own = own_drawn if c.tempered_confidence else own
                 token[at] = max(range(VOCABULARY), key=scores.__getitem__)
-                for late in c.begin_suppress_tokens or []:
-                    own = [-math.inf if v == late else x for v, x in enumerate(own)]
                 p = softmax(own)
+                for late in c.begin_suppress_tokens or []:
+                    p[late] = 0
                 confidence[at] = {
                     "entropy": sum(x * math.log(x) for x in p if x > 0),
                     "margin": sorted(p)[-1] - sorted(p)[-2],
                 }.get(c.remasking, p[token[at]])
             if reveal is None and masked:
-                due = masked_at_first // steps + (step - 1 < masked_at_first % steps)
                 order = {at: confidence[at] for at in masked}
                 if c.remasking_temperature:
                     extra = noise(generator, len(masked))
@@ -177,11 +186,98 @@ def ended(tokens, written, ends):
     return True
 
 
-def response_blocks(start, new, length, steps, aligned=False):
+def response_blocks(start, new, length, steps):
     """(positions, steps) of each block of a response."""
-    positions, first = range(start, start + new), 0 if aligned else start
-    numbers = sorted({(at - first) // length for at in positions})
-    return [([at for at in positions if (at - first) // length == n], steps) for n in numbers]
+    return [
+        (list(range(first, min(first + length, start + new))), steps)
+        for first in range(start, start + new, length)
+    ]
+
+
+def published_llada2(
+    model,
+    prompt,
+    new,
+    block,
+    *,
+    steps=None,
+    threshold=None,
+    least=1,
+    edit_threshold=None,
+    post_steps=16,
+    end=None,
+):
+    """One sequence as LLaDA2.x's own `generate` writes it, greedily; its response and forwards.
+
+    With `steps` the least number of a step is that of LLaDA2.0's schedule, else LLaDA2.1's.
+    """
+    count = -(-(len(prompt) + new) // block)
+    x = torch.tensor([*prompt, *[MASK] * (count * block - len(prompt))])
+    forwards = 0
+    for number in range(len(prompt) // block, count):
+        window = torch.arange(number * block, (number + 1) * block)
+        step = after = 0
+        while True:
+            old = x[window].clone()
+            active = old == MASK
+            if not active.any():
+                if edit_threshold is None:
+                    break
+                after += 1
+                if after > post_steps:
+                    break
+            forwards += 1
+            logits = all_logits(model, x[: (number + 1) * block].tolist(), block)[window].clone()
+            logits[:, MASK] = -torch.inf
+            best, token = logits.softmax(-1).max(-1)
+            take = torch.zeros(block, dtype=torch.bool)
+            if active.any():
+                due = least if steps is None else block // steps + (step < block % steps)
+                sure = active & (best > threshold) if threshold is not None else take
+                if sure.sum() >= due:
+                    take = sure
+                else:
+                    most = min(due, int(active.sum()))
+                    take[best.masked_fill(~active, -1).topk(most).indices] = True
+            edit = torch.zeros_like(take)
+            if edit_threshold is not None:
+                edit = ~active & (window >= len(prompt)) & (best > edit_threshold) & (token != old)
+            x[window] = torch.where(take | edit, token, old)
+            step += 1
+            written = x[len(prompt) :].tolist()
+            stopped = edit_threshold is None and end in written
+            if stopped and MASK not in written[: written.index(end)]:
+                return written[:new][: written.index(end)], forwards
+            if not active.any() and not edit.any():
+                break
+        written = x[len(prompt) : (number + 1) * block].tolist()
+        if end in written:
+            return written[:new][: written.index(end)], forwards
+    return x[len(prompt) : len(prompt) + new].tolist(), forwards
+
+
+def published_dream(model, prompt, new, steps, alg, epsilon):
+    """A response as Dream's own `diffusion_generate` writes it, greedily, and the tokens left."""
+    x = torch.tensor([*prompt, *[MASK] * new])
+    times = torch.linspace(1, epsilon, steps + 1)
+    left = []
+    for i in range(steps):
+        masked = x == MASK
+        logits = all_logits(model, x.tolist(), None).clone()
+        logits[:, MASK] = -torch.inf
+        p = logits.softmax(-1)
+        best, token = p.max(-1)
+        if alg == "entropy":
+            best = (p * torch.log(p + 1e-10)).sum(-1)
+        if alg == "topk_margin":
+            best = p.topk(2).values[:, 0] - p.topk(2).values[:, 1]
+        number = int(masked.sum())
+        take = number if i == steps - 1 else int(number * (1 - times[i + 1] / times[i]))
+        if take:
+            chosen = best.masked_fill(~masked, -torch.inf).topk(take).indices
+            x[chosen] = token[chosen]
+            left.append(number - take)
+    return x[len(prompt) :].tolist(), left
 
 
 CASES = {
@@ -201,6 +297,28 @@ CASES = {
     "remasking temperature": {"remasking_temperature": 0.2, "steps": 4, "temperature": 0.3},
     "guidance": {"cfg_scale": 1.5, "steps": 4},
     "suppressed": {"suppress_tokens": list(range(30))},
+    "revealed last, of a nucleus": {
+        "begin_suppress_tokens": list(range(30)),
+        "temperature": 0.9,
+        "top_p": 0.2,
+        "tempered_confidence": True,
+    },
+    "time grid": {"reveal": "time_grid", "steps": 5},
+    "time grid, more steps than tokens": {
+        "reveal": "time_grid",
+        "steps": 20,
+        "temperature": 0.9,
+        "top_p": 1.0,
+        "remasking": "entropy",
+    },
+    "time grid, random": {
+        "reveal": "time_grid",
+        "steps": 4,
+        "remasking": "random",
+        "time_epsilon": 0.2,
+    },
+    "steps of a block": {"block_length": 5, "steps_per_block": 2},
+    "at least three": {"min_reveal": 3, "block_length": 8, "threshold": 0.3},
     "revealed last": {"begin_suppress_tokens": list(range(30)), "steps": 6},
     "threshold": {"threshold": 0.3, "steps": 6},
     "threshold in blocks": {"threshold": 0.2, "block_length": 6, "steps": 4},
@@ -211,22 +329,23 @@ CASES = {
         "max_post_steps": 3,
         "temperature": 0.5,
     },
+    "edits whatever the confidence": {"threshold": 0.2, "edit_threshold": 0.0},
 }
 
 
-def expected_rows(model, prompts, options, *, aligned=None, ends=(), default_length=NEW):
-    length = options.get("block_length") or default_length
+def expected_rows(model, prompts, options, *, ends=()):
+    length = options.get("block_length") or NEW
     seeds = row_seeds(options.get("seed", 0), len(prompts))
     steps = options.get("steps")
     if steps:
         steps //= math.ceil(NEW / length)
+    steps = options.get("steps_per_block", steps)
     return [
         slow(
             model,
             [*prompt, *[MASK] * NEW],
-            response_blocks(len(prompt), NEW, length, steps, aligned is not None),
+            response_blocks(len(prompt), NEW, length, steps),
             seed=seed,
-            canvas_block=length if aligned else None,
             ends=ends,
             **options,
         )
@@ -258,22 +377,97 @@ def test_other_families_write_what_the_slow_sampler_writes(family, case):
     assert rows_of(out) == expected_rows(model, PROMPTS, CASES[case])
 
 
-@pytest.mark.parametrize(
-    "options", [{}, CASES["threshold in blocks"], CASES["edits"]], ids=["default", "par", "edits"]
-)
-def test_llada2_attends_block_by_block_from_the_first_token(options):
+LLADA2 = {
+    "default": ({}, {}),
+    "steps": ({"steps_per_block": 3}, {"steps": 3}),
+    "threshold": ({"threshold": 0.15, "steps_per_block": 6}, {"threshold": 0.15, "steps": 6}),
+    "least": ({"threshold": 0.4, "min_reveal": 3}, {"threshold": 0.4, "least": 3}),
+    "edits": (
+        {"threshold": 0.15, "edit_threshold": 0.2},
+        {"threshold": 0.15, "edit_threshold": 0.2},
+    ),
+    "edits, speed": (
+        {"threshold": 0.1, "edit_threshold": 0.0, "min_reveal": 2, "max_post_steps": 3},
+        {"threshold": 0.1, "edit_threshold": 0.0, "least": 2, "post_steps": 3},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LLADA2)
+@pytest.mark.parametrize("family", ["llada2", "llama"])
+@pytest.mark.parametrize("ended", [False, True])
+def test_block_diffusion_writes_what_llada2_writes(family, case, ended):
+    """Blocks counted from the first token, the last one of full length and then cut."""
+    ours, published = LLADA2[case]
+    model, block, end = model_of(family), 8, None
+    # It gives the model experts that work in float64.
+    sampler = Sampler(model, mask_token_id=MASK, pad_token_id=PAD, block_size=block)
+    if ended:
+        end = published_llada2(model, PROMPTS[0], NEW, block, **published)[0][4]
+        sampler.end_token_ids = (end,)
+    expected = [
+        published_llada2(model, prompt, NEW, block, end=end, **published) for prompt in PROMPTS
+    ]
+    canvases = []
+    out = sampler.generate(
+        PROMPTS,
+        SamplerConfig(max_new_tokens=NEW, **ours),
+        on_step=lambda _, canvas: canvases.append(canvas.shape),
+    )
+    assert out.responses == [response for response, _ in expected]
+    assert out.steps == max(forwards for _, forwards in expected)
+    assert out.lengths == [len(prompt) + NEW for prompt in PROMPTS]
+    assert {*canvases, out.canvas.shape} == {(3, 20)}
+
+
+def test_the_bar_counts_the_tokens_that_are_asked_for(llama, capsys):
+    sampler = Sampler(llama, mask_token_id=MASK, pad_token_id=PAD, block_size=8)
+    sampler.generate(PROMPTS, SamplerConfig(max_new_tokens=NEW), progress=True)
+    assert "36/36" in capsys.readouterr().err
+
+
+def test_only_a_block_size_makes_a_model_attend_block_by_block():
     model = model_of("llada2")
-    out = sampler_of(model).generate(PROMPTS, SamplerConfig(max_new_tokens=NEW, **options))
-    assert rows_of(out) == expected_rows(model, PROMPTS, options, aligned=True, default_length=32)
+    sampler = sampler_of(model)
+    whole = sampler.generate(PROMPTS, SamplerConfig(max_new_tokens=NEW))
+    assert rows_of(whole) == expected_rows(model, PROMPTS, {})
 
 
-def test_a_model_trained_by_block_diffusion_attends_block_by_block(llama):
-    sampler = Sampler(llama, mask_token_id=MASK, pad_token_id=PAD, block_size=4)
-    out = sampler.generate(PROMPTS, SamplerConfig(max_new_tokens=NEW))
-    expected = expected_rows(llama, PROMPTS, {"block_length": 4}, aligned=True)
-    assert rows_of(out) == expected
-    whole = sampler_of(llama).generate(PROMPTS, SamplerConfig(max_new_tokens=NEW, block_length=4))
-    assert rows_of(whole) != expected
+def test_block_diffusion_needs_positions_for_its_last_block_and_steps_for_each(llama):
+    sampler = Sampler(llama, mask_token_id=MASK, pad_token_id=PAD, block_size=24)
+    with pytest.raises(ValueError, match=r"model's 64 positions, got 40 . 20 .* 24 ends at 72"):
+        sampler.generate([[3] * 40], SamplerConfig(max_new_tokens=20))
+    for write, rows in ((sampler.generate, [[3]]), (sampler.infill, [[MASK]])):
+        with pytest.raises(ValueError, match=r"steps must not be given .* steps_per_block"):
+            write(rows, SamplerConfig(max_new_tokens=24, steps=24))
+    short = Sampler(llama, mask_token_id=MASK, pad_token_id=PAD, block_size=24, max_length=20)
+    assert short.generate([[3] * 10], SamplerConfig(max_new_tokens=10)).lengths == [20]
+
+
+@pytest.mark.parametrize("alg", ["maskgit_plus", "entropy", "topk_margin"])
+@pytest.mark.parametrize(("steps", "epsilon"), [(12, 1e-3), (6, 1e-3), (5, 0.3), (30, 1e-3)])
+def test_dream_s_algorithms_write_what_dream_writes(alg, steps, epsilon):
+    model, seen = model_of("dream"), []
+    config = sampler_config({"alg": alg, "max_new_tokens": NEW, "steps": steps, "eps": epsilon})
+    out = sampler_of(model).generate(
+        PROMPTS[:1], config, on_step=lambda _, canvas: seen.append(int((canvas == MASK).sum()))
+    )
+    response, left = published_dream(model, PROMPTS[0], NEW, steps, alg, epsilon)
+    assert out.responses == [response]
+    assert seen == left
+
+
+def test_a_suppressed_token_is_revealed_last_though_its_nucleus_is_itself():
+    """No other token of its position has a probability: the confidence is 0, not undefined."""
+    config = SamplerConfig(
+        temperature=1.0, top_p=0.9, tempered_confidence=True, begin_suppress_tokens=[3]
+    )
+    logits = torch.zeros(3, 10)
+    logits[0, 3], logits[1, 5], logits[2, 4] = 20, 9, 9
+    guessed = guess(logits, config, torch.Generator().manual_seed(0))
+    assert guessed.tokens.tolist() == [3, 5, 4]
+    assert guessed.confidence[0] == 0
+    assert (guessed.confidence[1:] > 0.9).all()
 
 
 def test_edits_change_tokens_and_stop_after_the_post_steps(llama):
@@ -395,7 +589,7 @@ def test_only_wanted_tokens_get_logits(llama, monkeypatch):
 
     def counted(x, weight, bias=None):
         if weight.shape[0] == rows:
-            widths.append(len(x))
+            widths.append(x[..., 0].numel())
         return forward(x, weight, bias)
 
     monkeypatch.setattr(torch.nn.functional, "linear", counted)
@@ -446,6 +640,9 @@ def test_every_row_reads_the_memory_of_its_prompt(cfg_scale):
 
 
 def test_schedules():
+    assert time_grid_split(12, 6, 1e-3) == [1, 2, 2, 2, 2, 3]
+    assert time_grid_split(2, 5, 1e-3) == [2]
+    assert time_grid_split(7, 1, 1e-3) == [7]
     assert even_split(12, 5) == [3, 3, 2, 2, 2]
     assert even_split(3, 5) == [1, 1, 1]
     assert even_split(0, 5) == []
@@ -472,6 +669,16 @@ def test_schedules():
         ([[3]], {"block_length": 4, "max_new_tokens": 12, "steps": 2}, "number of blocks, 3"),
         ([[3]], {"block_length": 4, "max_new_tokens": 12, "steps": 4}, "number of blocks, 3"),
         ([[3]], {"suppress_tokens": [99], "max_new_tokens": 4}, "suppress_tokens must be in"),
+        (
+            [[3]],
+            {"suppress_tokens": list(range(VOCABULARY)), "max_new_tokens": 4},
+            "suppress_tokens must leave a token to write",
+        ),
+        ([5, 6], {}, "prompts must be lists of token ids, got 5 in number 0"),
+        (["abc"], {}, "prompts must be lists of token ids, got 'abc' in number 0"),
+        ("abc", {}, "prompts must be lists of token ids, got 'abc'"),
+        ([[1], [1.5, 2]], {}, "prompts must hold whole numbers, got 1.5 in number 1"),
+        ([[True, 2]], {}, "prompts must hold whole numbers, got True in number 0"),
     ],
 )
 def test_bad_input_is_told_before_any_work(llama, monkeypatch, prompts, options, message):
@@ -489,6 +696,45 @@ def test_bad_canvases_and_seeds_are_told(llama):
         sampler.infill([[MASK] * 65])
     with pytest.raises(ValueError, match="seeds must be one for each of 2 prompts, got 1"):
         sampler.generate([[3], [4]], SamplerConfig(max_new_tokens=2), seeds=[1])
+    for seed in (-1, 2**63, 1.5):
+        with pytest.raises(ValueError, match="seeds must be whole numbers in"):
+            sampler.generate([[3]], SamplerConfig(max_new_tokens=2), seeds=[seed])
+
+
+def test_tensors_are_prompts_too(llama):
+    config = SamplerConfig(max_new_tokens=3)
+    expected = sampler_of(llama).generate([[3, 4], [5, 6]], config)
+    for prompts in (torch.tensor([[3, 4], [5, 6]]), [torch.tensor([3, 4]), (5, 6)]):
+        out = sampler_of(llama).generate(prompts, config)
+        assert out.responses == expected.responses
+    (filled,) = sampler_of(llama).infill(torch.tensor([[5, MASK, 6]])).responses
+    assert all(type(token) is int for token in filled)
+
+
+def test_a_model_in_training_mode_is_refused():
+    sampler = sampler_of(make_model().train())
+    for write, rows in ((sampler.generate, [[3]]), (sampler.infill, [[MASK]])):
+        with pytest.raises(ValueError, match="model must be in evaluation mode"):
+            write(rows, SamplerConfig(max_new_tokens=2))
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "message"),
+    [
+        ("llama", {"block_size": 0}, "block_size must be at least 1, or None, got 0"),
+        ("dream", {"block_size": 4}, "block_size must be None for a model with right-shifted"),
+        (
+            "llama",
+            {"mask_token_id": 999},
+            rf"mask_token_id must be in \[0, {VOCABULARY}\), got 999",
+        ),
+        ("llama", {"pad_token_id": -1}, "pad_token_id must be in"),
+    ],
+)
+def test_a_sampler_that_could_not_write_is_refused(family, options, message):
+    known = {"mask_token_id": MASK, "pad_token_id": PAD}
+    with pytest.raises(ValueError, match=message):
+        Sampler(model_of(family), **(known | options))
 
 
 @pytest.mark.parametrize(
@@ -499,7 +745,16 @@ def test_bad_canvases_and_seeds_are_told(llama):
         ({"max_new_tokens": None}, "max_new_tokens must be .* got None"),
         ({"steps": 1.5}, "steps must be a whole number"),
         ({"temperature": -1}, "temperature must be a number, at least 0, got -1"),
-        ({"temperature": 1, "top_p": 1.5}, r"top_p must be in \(0, 1\), got 1.5"),
+        ({"remasking": ["random"]}, "remasking must be one of"),
+        ({"reveal": "all"}, "reveal must be one of 'even', 'time_grid', got 'all'"),
+        ({"temperature": 1, "top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
+        ({"threshold": 0.5, "edit_threshold": 1.0}, r"edit_threshold must be in \[0, 1\), got 1.0"),
+        ({"min_reveal": 0}, "min_reveal must be a whole number, at least 1, got 0"),
+        ({"min_reveal": 2, "steps": 4}, "steps and min_reveal must not both be given"),
+        ({"remasking": "origin", "min_reveal": 2}, "min_reveal would not be read"),
+        ({"remasking": "origin", "reveal": "time_grid"}, "reveal would not be read"),
+        ({"reveal": "time_grid", "min_reveal": 2}, "min_reveal would not be read"),
+        ({"reveal": "time_grid", "threshold": 0.5}, "reveal would not be read: threshold"),
         ({"suppress_tokens": 3}, "suppress_tokens must be a list of token ids"),
         ({"suppress_tokens": []}, "suppress_tokens must be a list of token ids, not empty"),
         ({"top_p": 0.9}, "top_p would not be read: temperature is 0"),
@@ -537,8 +792,12 @@ def test_names_of_other_samplers():
         temperature=0.4,
         top_p=0.95,
         tempered_confidence=True,
+        reveal="time_grid",
     )
-    assert sampler_config({"alg": "maskgit_plus"}) == SamplerConfig()
+    assert sampler_config({"alg": "maskgit_plus"}) == SamplerConfig(reveal="time_grid")
+    assert sampler_config({"alg": "maskgit_plus", "threshold": 0.9}) == SamplerConfig(threshold=0.9)
+    assert sampler_config({"alg": "entropy", "reveal": "even"}).reveal == "even"
+    assert sampler_config({"remasking": "topk_margin"}) == SamplerConfig(remasking="margin")
     origin = sampler_config({"alg": "origin", "eps": 0.01, "temperature": 0.4})
     assert origin == SamplerConfig(remasking="origin", time_epsilon=0.01, temperature=0.4)
     llada2 = {"gen_length": 100, "block_size": 32, "threshold": 0.7, "editing_threshold": 0.5}
@@ -549,10 +808,32 @@ def test_names_of_other_samplers():
             threshold=0.7,
             edit_threshold=0.5,
             stop_at_end=False,
-            steps=32,
+            steps_per_block=8,
         )
     )
-    assert sampler_config(llada2 | {"num_to_transfer": 3}).steps == 4 * 11
+    assert sampler_config(llada2 | {"num_to_transfer": 3}).min_reveal == 3
+    assert sampler_config({"num_inference_steps": 8}) == SamplerConfig(steps_per_block=8)
+
+
+def test_calls_as_published():
+    llada = {"steps": 128, "gen_length": 128, "block_length": 32, "temperature": 0.0}
+    config = sampler_config(llada | {"cfg_scale": 0.0, "remasking": "low_confidence"})
+    assert config == SamplerConfig(max_new_tokens=128, steps=128, block_length=32)
+    assert config.steps_of_block(32) == 32
+    dream = {"max_new_tokens": 256, "steps": 256, "temperature": 0.2, "top_p": 0.95}
+    assert sampler_config(dream | {"alg": "entropy", "alg_temp": 0.0}) == SamplerConfig(
+        max_new_tokens=256,
+        steps=256,
+        temperature=0.2,
+        top_p=0.95,
+        remasking="entropy",
+        reveal="time_grid",
+        tempered_confidence=True,
+    )
+    speed = {"gen_length": 512, "block_length": 32, "threshold": 0.5, "editing_threshold": 0.0}
+    assert sampler_config(speed) == SamplerConfig(
+        max_new_tokens=512, block_length=32, threshold=0.5, edit_threshold=0.0
+    )
 
 
 @pytest.mark.parametrize(
@@ -562,8 +843,10 @@ def test_names_of_other_samplers():
         ({"alg": "entropy", "remasking": "entropy"}, "alg and remasking must not both"),
         ({"steps": 4, "steps_per_block": 2, "block_length": 4}, "steps and steps_per_block must"),
         ({"mask_id": 3}, "unknown option 'mask_id'"),
-        ({"steps_per_block": 2}, "steps_per_block needs block_length"),
-        ({"num_to_transfer": 0, "block_length": 4}, "num_to_transfer must be a whole number"),
+        ({"steps_per_block": 2, "num_inference_steps": 2}, "and num_inference_steps must not"),
+        ({"steps": 2, "num_to_transfer": 2}, "steps and min_reveal must not both be given"),
+        ({"num_to_transfer": 0, "block_length": 4}, "min_reveal must be a whole number"),
+        ({"alg": ["entropy"]}, "remasking must be one of"),
         ({"alg": "other"}, "remasking must be one of"),
         ({"alg": "origin", "alg_temp": 0.2}, "remasking_temperature would not be read"),
     ],

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_type_hints
 
 from memdlm.evaluation.tasks import TASKS
-from memdlm.sampler.aliases import ALIASES, PER_BLOCK
+from memdlm.sampler.aliases import ALIASES
 from memdlm.sampler.config import SamplerConfig
 
 
@@ -103,7 +103,7 @@ class EvalOptions:
 def sampler_hints() -> dict[str, Any]:
     """The options of the sampler that `EvalOptions` does not have, under each of their names."""
     hints = get_type_hints(SamplerConfig)
-    hints |= {name: hints[ours] for name, ours in ALIASES.items()} | dict.fromkeys(PER_BLOCK, int)
+    hints |= {name: hints[ours] for name, ours in ALIASES.items()}
     # The names of algorithms are others', too.
     hints["alg"] = str
     own = {field.name for field in fields(EvalOptions)}

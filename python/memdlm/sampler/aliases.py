@@ -1,7 +1,6 @@
 """What other samplers call the same options: LLaDA, dllm, Dream, LLaDA2.x, diffusers."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,25 +15,28 @@ ALIASES = {
     "eos_early_stop": "stop_at_end",
     "eps": "time_epsilon",
     "gen_length": "max_new_tokens",
+    # Of LLaDA2.x and diffusers, which count for each block.
+    "num_inference_steps": "steps_per_block",
+    "num_to_transfer": "min_reveal",
 }
-# Counted for one block there, for the whole response here.
-PER_BLOCK = {
-    "num_inference_steps": "the steps of a block",
-    "num_to_transfer": "the least tokens that a step reveals",
-    "steps_per_block": "the steps of a block",
+# Dream's algorithms that choose by confidence.
+DREAM_ALGORITHMS = {
+    "entropy": "entropy",
+    "maskgit_plus": "low_confidence",
+    "topk_margin": "margin",
 }
-# Dream's algorithms, and the names of LLaDA and ours.
-ALGORITHMS = {"maskgit_plus": "low_confidence", "topk_margin": "margin"}
 
 
 def sampler_config(options: Mapping[str, Any]) -> SamplerConfig:
     """Options by our names or those of other samplers.
 
-    Dream takes its confidences from the tempered distribution, so `alg` sets `tempered_confidence`
-    where there is a temperature and a confidence.
+    An algorithm of Dream by the name `alg` brings Dream's ways along, unless others are given: its
+    confidences are of the tempered distribution (`tempered_confidence`), and its steps reveal
+    tokens on its time grid (`reveal`), where no threshold or least number chooses them. An
+    `alg_temp` of 0 is none.
 
     Args:
-        options: names of `SamplerConfig` or of `ALIASES` and `PER_BLOCK`, to values.
+        options: names of `SamplerConfig` or of `ALIASES`, to values.
 
     Returns:
         The config.
@@ -46,35 +48,26 @@ def sampler_config(options: Mapping[str, Any]) -> SamplerConfig:
     known = {field.name for field in dataclasses.fields(SamplerConfig)}
     own: dict[str, Any] = {}
     given_as: dict[str, str] = {}
-    per_block: dict[str, Any] = {}
     for name, value in options.items():
-        ours = "steps" if name in PER_BLOCK else ALIASES.get(name, name)
+        ours = ALIASES.get(name, name)
         if ours not in known:
-            every = ", ".join(sorted([*known, *ALIASES, *PER_BLOCK]))
+            every = ", ".join(sorted([*known, *ALIASES]))
             raise ValueError(f"unknown option {name!r} of the sampler; it knows {every}")
         if ours in given_as:
             raise ValueError(
                 f"{given_as[ours]} and {name} must not both be given: they are one option"
             )
         given_as[ours] = name
-        (per_block if name in PER_BLOCK else own)[name] = value
-    own = {ALIASES.get(name, name): value for name, value in own.items()}
-    if "remasking" in own:
-        own["remasking"] = ALGORITHMS.get(own["remasking"], own["remasking"])
+        if name == "alg_temp" and value == 0:
+            value = None
+        own[ours] = value
+    algorithm = own.get("remasking")
+    if isinstance(algorithm, str) and algorithm in DREAM_ALGORITHMS:
+        own["remasking"] = DREAM_ALGORITHMS[algorithm]
+        chosen = any(own.get(name) is not None for name in ("threshold", "min_reveal"))
+        if given_as["remasking"] == "alg" and not chosen:
+            own.setdefault("reveal", "time_grid")
     tempered = own.get("temperature", 0) and own.get("remasking") in BY_CONFIDENCE
     if given_as.get("remasking") == "alg" and tempered:
         own.setdefault("tempered_confidence", True)
-    config = SamplerConfig(**own)
-    for name, value in per_block.items():
-        config = dataclasses.replace(config, steps=_all_steps(name, value, config))
-    return config
-
-
-def _all_steps(name: str, value: Any, config: SamplerConfig) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}")
-    block = config.block_length
-    if block is None:
-        raise ValueError(f"{name} needs block_length: it is {PER_BLOCK[name]}")
-    blocks = math.ceil(config.max_new_tokens / block)
-    return blocks * (math.ceil(block / value) if name == "num_to_transfer" else value)
+    return SamplerConfig(**own)

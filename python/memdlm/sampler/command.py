@@ -2,8 +2,9 @@
 
 import contextlib
 import json
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,8 +34,10 @@ class GenerateOptions:
         prompt_file: instead, a .txt file with one, or a .jsonl file with one in each row's
             `prompt`.
         memory: write a memory from each prompt first; needs a model that was trained with one.
-        save_memory: a file that keeps the memory.
+        save_memory: a file that keeps the memory, in a folder that exists.
         load_memory: read this memory instead of writing one; it has one for each prompt.
+        budget_gib: GiB that the activations of writing a memory may take, above 0; prompts are then
+            written in groups, a longer one in chunks.
         chat: put the tokenizer's chat template around a prompt; true if it has one.
         stream: show the response while it is written, on stderr; for one prompt.
         json: print a line of JSON for each prompt instead of its response.
@@ -54,6 +57,7 @@ class GenerateOptions:
     memory: bool = False
     save_memory: str | None = None
     load_memory: str | None = None
+    budget_gib: float | None = None
     chat: bool | None = None
     stream: bool = False
     json: bool = False
@@ -71,12 +75,27 @@ class GenerateOptions:
             raise ValueError("memory would not be read: load_memory is given")
         if self.save_memory is not None and not self.memory:
             raise ValueError("save_memory would not be read: memory is false")
+        if self.budget_gib is not None:
+            if not self.memory:
+                raise ValueError("budget_gib would not be read: memory is false")
+            if not (math.isfinite(self.budget_gib) and self.budget_gib > 0):
+                raise ValueError(f"budget_gib must be a number above 0, got {self.budget_gib}")
+        if self.save_memory is not None:
+            path = Path(self.save_memory)
+            if path.is_dir() or not path.parent.is_dir():
+                raise ValueError(
+                    f"save_memory must be a file in a folder that exists, got {self.save_memory}"
+                )
+        if self.load_memory is not None and not Path(self.load_memory).is_file():
+            raise ValueError(f"load_memory must be a file, got {self.load_memory}")
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
 
 
 def run_generate(options: GenerateOptions, config: SamplerConfig) -> None:
     """Read prompts, write a response to each, and print them on stdout.
+
+    Of several prompts, a line with the prompt's number, from 0, goes before each response.
 
     Args:
         options: see `GenerateOptions`.
@@ -111,29 +130,39 @@ def run_generate(options: GenerateOptions, config: SamplerConfig) -> None:
         )
     prompts = [prompt_tokens(checkpoint.tokenizer, text, options.chat) for text in texts]
     sampler = Sampler.of(checkpoint)
-    memory = PromptMemory.of(checkpoint, seed=config.seed) if needs_memory else None
+    # All of them, before the first batch is written or a file is.
+    prompts = sampler.check_prompts(prompts, config)
+    memory = None
+    if needs_memory:
+        memory = PromptMemory.of(checkpoint, seed=config.seed, budget_gib=options.budget_gib)
     seeds = row_seeds(config.seed, len(prompts))
     firsts = range(0, len(prompts), options.batch_size)
     for first in tqdm(firsts, desc="batches", disable=len(firsts) == 1):
         batch = slice(first, first + options.batch_size)
         stream = _stream(options, checkpoint, len(prompts[0]))
         on_step: OnStep | None = None if stream is None else stream.show
-        with _reading(memory, prompts[batch], options):
-            out = sampler.generate(
-                prompts[batch],
-                config,
-                seeds=seeds[batch],
-                progress=stream is None and len(firsts) == 1,
-                on_step=on_step,
-            )
-        if stream is not None:
-            stream.close()
-        for text, response in zip(texts[batch], out.responses, strict=True):
+        try:
+            with _reading(memory, prompts[batch], options):
+                out = sampler.generate(
+                    prompts[batch],
+                    config,
+                    seeds=seeds[batch],
+                    progress=stream is None and len(firsts) == 1,
+                    on_step=on_step,
+                )
+        finally:
+            if stream is not None:
+                stream.close()
+        for number, (text, response) in enumerate(
+            zip(texts[batch], out.responses, strict=True), first
+        ):
             written = str(checkpoint.tokenizer.decode(response, skip_special_tokens=True))
             if options.json:
                 counts = {"tokens": len(response), "steps": out.steps}
                 print(json.dumps({"prompt": text, "response": written} | counts), flush=True)
             else:
+                if len(texts) > 1:
+                    print(f"# {number}")
                 print(written, flush=True)
 
 
@@ -212,7 +241,7 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool | No
 @contextlib.contextmanager
 def _reading(
     memory: PromptMemory | None, prompts: Sequence[Sequence[int]], options: GenerateOptions
-) -> Any:
+) -> Iterator[None]:
     """In here the model reads the memory of the prompts, if there is one."""
     if memory is None:
         yield

@@ -85,7 +85,8 @@ def keep_top_p(logits: Tensor, top_p: float | None) -> Tensor:
     Returns:
         [n, V], -inf for the others.
     """
-    if top_p is None:
+    # The sum of all may be rounded to more than 1.
+    if top_p is None or top_p == 1:
         return logits
     largest, order = logits.sort(descending=True, stable=True)
     probability = largest.softmax(-1)
@@ -95,14 +96,14 @@ def keep_top_p(logits: Tensor, top_p: float | None) -> Tensor:
 
 
 def _confidence(logits: Tensor, tokens: Tensor, config: SamplerConfig) -> Tensor:
-    if config.begin_suppress_tokens is not None:
-        logits = logits.index_fill(
-            -1, torch.tensor(config.begin_suppress_tokens, device=logits.device), -torch.inf
-        )
     probability = logits.softmax(-1)
     if config.remasking == "entropy":
         return -torch.special.entr(probability).sum(-1)
     if config.remasking == "margin":
         first, second = probability.topk(2).values.unbind(-1)
         return first - second
-    return probability.gather(-1, tokens[:, None])[:, 0]
+    drawn = probability.gather(-1, tokens[:, None])[:, 0]
+    if config.begin_suppress_tokens is None:
+        return drawn
+    late = torch.tensor(config.begin_suppress_tokens, device=tokens.device)
+    return drawn.masked_fill(torch.isin(tokens, late), 0)

@@ -14,15 +14,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from memdlm.backbone import Backbone
+from memdlm.backbone import Backbone, check_blocks
 from memdlm.inference import Checkpoint, token_logits
 from memdlm.sampler.confidence import guess
 from memdlm.sampler.config import SamplerConfig
 from memdlm.sampler.row import Row, row_seeds
-
-# Models of these types attend block by block, in blocks of 32 as published.
-BLOCK_CAUSAL_TYPES = ("llada2_moe",)
-PUBLISHED_BLOCK_LENGTH = 32
+from memdlm.sampler.token_lists import checked_seeds, checked_token_lists
 
 OnStep = Callable[[int, Tensor], None]
 
@@ -51,7 +48,7 @@ class Sampler:
     Only the tokens that a step may reveal get logits: no [B, L, V] is made. Every forward has all
     rows in their order, so a memory of the prompts (`PromptMemory.adapt`) may be read meanwhile.
     Rows are padded on the right and draw from generators of their own: a row of a batch is written
-    as it would be alone. Put the model in evaluation mode first.
+    as it would be alone.
 
     Args:
         model: as for `Backbone`.
@@ -59,12 +56,12 @@ class Sampler:
         pad_token_id: what fills the canvas behind shorter rows; nothing sees it.
         end_token_ids: the tokens that end a response.
         max_length: most tokens of a prompt and its response; the model's positions if not given.
-        block_size: tokens of a block of the block diffusion that the model was trained with; None
-            where every token sees every other. LLaDA2.x is always block diffusion, of 32 if not
-            given.
+        block_size: tokens of a block of the block diffusion that the model was trained with, at
+            least 1 (32 for LLaDA2.x as published); None where every token sees every other.
 
     Raises:
-        ValueError: as `Backbone`.
+        ValueError: as `Backbone`; a mask or pad token that the model does not have; a block size
+            below 1, or any for a model with right-shifted logits.
     """
 
     def __init__(
@@ -79,8 +76,15 @@ class Sampler:
     ) -> None:
         self.backbone = Backbone(model)
         config = self.backbone.config
-        if block_size is None and config.model_type in BLOCK_CAUSAL_TYPES:
-            block_size = PUBLISHED_BLOCK_LENGTH
+        if block_size is not None and block_size < 1:
+            raise ValueError(f"block_size must be at least 1, or None, got {block_size}")
+        check_blocks(config, block_size)
+        self.vocabulary = int(self.backbone.head()[0].shape[0])
+        for name, token in (("mask_token_id", mask_token_id), ("pad_token_id", pad_token_id)):
+            if not 0 <= token < self.vocabulary:
+                raise ValueError(f"{name} must be in [0, {self.vocabulary}), got {token}")
+        self._model = model
+        self._positions = int(config.max_position_embeddings)
         self.mask_token_id = mask_token_id
         self.pad_token_id = pad_token_id
         self.end_token_ids = tuple(end_token_ids)
@@ -123,7 +127,7 @@ class Sampler:
         Args:
             prompts: B lists of token ids, of any lengths.
             config: how; the defaults if not given.
-            seeds: of each row's draws; `row_seeds(config.seed, B)` if not given.
+            seeds: of each row's draws, in [0, 2^63); `row_seeds(config.seed, B)` if not given.
             progress: show a bar of the tokens.
             on_step: called after each step with its number, from 1, and the canvas, [B, L] int64
                 on the CPU.
@@ -132,13 +136,62 @@ class Sampler:
             The responses and the canvas.
 
         Raises:
-            ValueError: no prompt, an empty one, one with a mask token or an unknown token, one that
-                leaves too few positions for the response; fewer steps than blocks, or steps that
-                do not share evenly among them; a number of seeds that is not that of the prompts.
+            ValueError: as `check_prompts`; a model in training mode; seeds out of range, or of
+                another number than the prompts.
         """
         config = config or SamplerConfig()
-        self._check("prompts", prompts, config, seeds)
-        for number, prompt in enumerate(prompts):
+        prompts = self.check_prompts(prompts, config)
+        own_seeds = self._seeds("prompts", seeds, config, len(prompts))
+        block_length = self._block_length(config)
+        steps = config.steps_of_block(block_length)
+        rows = []
+        for prompt, seed in zip(prompts, own_seeds, strict=True):
+            start, kept = len(prompt), len(prompt) + config.max_new_tokens
+            stop = self._stop(kept, config)
+            first = start if self.block_size is None else 0
+            rows.append(
+                Row(
+                    [*prompt, *[self.mask_token_id] * (stop - start)],
+                    _blocks(range(start, stop), block_length, first),
+                    steps,
+                    config,
+                    kept=kept,
+                    block_length=None if self.block_size is None else block_length,
+                    mask_token_id=self.mask_token_id,
+                    end_token_ids=self.end_token_ids if config.stop_at_end else (),
+                    seed=seed,
+                    device=self.device,
+                )
+            )
+        count = self._denoise(rows, config, progress, on_step)
+        responses = []
+        for prompt, row in zip(prompts, rows, strict=True):
+            response = row.kept_tokens[len(prompt) :]
+            end = next((i for i, token in enumerate(response) if token in self.end_token_ids), None)
+            responses.append(response[:end])
+        return self._output(responses, rows, count)
+
+    def check_prompts(
+        self, prompts: Sequence[Sequence[int]], config: SamplerConfig
+    ) -> list[list[int]]:
+        """Whether responses can be written to prompts, all batches of a run at once.
+
+        Args:
+            prompts, config: as for `generate`.
+
+        Returns:
+            The prompts, as lists of int.
+
+        Raises:
+            ValueError: something that is no token id; no prompt, an empty one, one with a mask
+                token or an unknown token, one that leaves too few positions for the response;
+                fewer steps than blocks, steps that do not share evenly among them, or any for a
+                model of block diffusion; tokens to suppress that are unknown, or all there are.
+        """
+        checked = checked_token_lists("prompts", prompts, self.vocabulary)
+        self._check(config)
+        config.steps_of_block(self._block_length(config))
+        for number, prompt in enumerate(checked):
             if self.mask_token_id in prompt:
                 raise ValueError(
                     f"prompts must not hold the mask token, got {self.mask_token_id} in prompt "
@@ -150,31 +203,15 @@ class Sampler:
                     f"a prompt and max_new_tokens must be at most {self.max_length} tokens "
                     f"together, got {len(prompt)} + {config.max_new_tokens} for prompt {number}"
                 )
-        block_length = self._block_length(config)
-        steps = config.steps_of_block(block_length)
-        rows = []
-        for prompt, seed in zip(prompts, self._seeds(seeds, config, len(prompts)), strict=True):
-            start, stop = len(prompt), len(prompt) + config.max_new_tokens
-            first = start if self.block_size is None else 0
-            rows.append(
-                Row(
-                    [*prompt, *[self.mask_token_id] * config.max_new_tokens],
-                    _blocks(range(start, stop), block_length, first),
-                    steps,
-                    config,
-                    mask_token_id=self.mask_token_id,
-                    end_token_ids=self.end_token_ids if config.stop_at_end else (),
-                    seed=seed,
-                    device=self.device,
+            stop = self._stop(length, config)
+            if stop > self._positions:
+                raise ValueError(
+                    f"a prompt and max_new_tokens must leave the last block within the model's "
+                    f"{self._positions} positions, got {len(prompt)} + {config.max_new_tokens} for "
+                    f"prompt {number}, whose last block of {self._block_length(config)} ends at "
+                    f"{stop}"
                 )
-            )
-        count = self._denoise(rows, config, progress, on_step)
-        responses = []
-        for prompt, row in zip(prompts, rows, strict=True):
-            response = row.tokens[len(prompt) :]
-            end = next((i for i, token in enumerate(response) if token in self.end_token_ids), None)
-            responses.append(response[:end])
-        return SamplerOutput(responses, self._canvas(rows), [len(r.tokens) for r in rows], count)
+        return checked
 
     def infill(
         self,
@@ -188,7 +225,7 @@ class Sampler:
         """Fill the mask tokens of sequences, wherever they are; no other token changes.
 
         Blocks are windows of the sequence, from its first token. A row's `steps` are shared among
-        its blocks that hold masks, rounded up.
+        its blocks that hold masks, rounded up. A last block that is short stays so.
 
         Args:
             canvases: B lists of token ids, of any lengths.
@@ -199,12 +236,14 @@ class Sampler:
             The sequences, filled.
 
         Raises:
-            ValueError: no sequence, an empty one, one with an unknown token or longer than the
-                model's positions, or without a mask token; a number of seeds that is not that of
-                the sequences.
+            ValueError: something that is no token id; no sequence, an empty one, one with an
+                unknown token or longer than the model's positions, or without a mask token; else
+                as `generate`.
         """
         config = config or SamplerConfig()
-        self._check("canvases", canvases, config, seeds)
+        canvases = checked_token_lists("canvases", canvases, self.vocabulary)
+        self._check(config)
+        own_seeds = self._seeds("canvases", seeds, config, len(canvases))
         for number, canvas in enumerate(canvases):
             if self.mask_token_id not in canvas:
                 raise ValueError(f"canvases must hold mask tokens, got none in canvas {number}")
@@ -215,15 +254,20 @@ class Sampler:
                 )
         block_length = self._block_length(config)
         rows = []
-        for canvas, seed in zip(canvases, self._seeds(seeds, config, len(canvases)), strict=True):
+        for canvas, seed in zip(canvases, own_seeds, strict=True):
             masked = [i for i, token in enumerate(canvas) if token == self.mask_token_id]
             blocks = _blocks(masked, block_length, 0)
+            steps = config.steps_per_block
+            if config.steps is not None:
+                steps = math.ceil(config.steps / len(blocks))
             rows.append(
                 Row(
                     canvas,
                     blocks,
-                    None if config.steps is None else math.ceil(config.steps / len(blocks)),
+                    steps,
                     config,
+                    kept=len(canvas),
+                    block_length=None if self.block_size is None else block_length,
                     mask_token_id=self.mask_token_id,
                     end_token_ids=(),
                     seed=seed,
@@ -231,8 +275,7 @@ class Sampler:
                 )
             )
         count = self._denoise(rows, config, progress, on_step)
-        filled = [row.tokens for row in rows]
-        return SamplerOutput(filled, self._canvas(rows), [len(tokens) for tokens in filled], count)
+        return self._output([row.tokens for row in rows], rows, count)
 
     @property
     def device(self) -> torch.device:
@@ -242,7 +285,7 @@ class Sampler:
     def _denoise(
         self, rows: Sequence[Row], config: SamplerConfig, progress: bool, on_step: OnStep | None
     ) -> int:
-        given = self._canvas(rows) != self.mask_token_id
+        given = self._canvas([row.tokens for row in rows]) != self.mask_token_id
         left = sum(row.masked_count() for row in rows)
         step = 0
         with tqdm(total=left, desc="tokens", unit="token", disable=not progress) as bar:
@@ -259,7 +302,7 @@ class Sampler:
                 bar.update(left - still)
                 left = still
                 if on_step is not None:
-                    on_step(step, self._canvas(rows))
+                    on_step(step, self._canvas([row.kept_tokens for row in rows]))
         return step
 
     def _logits(
@@ -268,7 +311,7 @@ class Sampler:
         """[B, W, V]: those of each row's wanted positions, then of its first token as padding."""
         width = max(map(len, wanted))
         positions = torch.tensor([[*at, *[0] * (width - len(at))] for at in wanted])
-        canvas = self._canvas(rows)
+        canvas = self._canvas([row.tokens for row in rows])
         canvas_block = None
         if self.block_size is not None:
             # Nothing sees the blocks behind its own.
@@ -298,46 +341,49 @@ class Sampler:
         never = [self.mask_token_id, *(config.suppress_tokens or ())]
         return logits.index_fill_(-1, torch.tensor(never, device=logits.device), -torch.inf)
 
-    def _canvas(self, rows: Sequence[Row]) -> Tensor:
-        length = max(len(row.tokens) for row in rows)
-        padded = [[*row.tokens, *[self.pad_token_id] * (length - len(row.tokens))] for row in rows]
-        return torch.tensor(padded)
+    def _canvas(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        length = max(map(len, sequences))
+        pad = [self.pad_token_id] * length
+        return torch.tensor([[*own, *pad[len(own) :]] for own in sequences])
+
+    def _output(self, responses: list[list[int]], rows: Sequence[Row], steps: int) -> SamplerOutput:
+        kept = [row.kept_tokens for row in rows]
+        return SamplerOutput(responses, self._canvas(kept), [len(own) for own in kept], steps)
 
     def _block_length(self, config: SamplerConfig) -> int | None:
         return self.block_size if config.block_length is None else config.block_length
 
-    def _seeds(
-        self, seeds: Sequence[int] | None, config: SamplerConfig, count: int
-    ) -> Sequence[int]:
-        return row_seeds(config.seed, count) if seeds is None else seeds
+    def _stop(self, length: int, config: SamplerConfig) -> int:
+        """Tokens of a canvas for so many that are kept: block diffusion knows full blocks only."""
+        block_length = self._block_length(config)
+        if self.block_size is None or block_length is None:
+            return length
+        return math.ceil(length / block_length) * block_length
 
-    def _check(
-        self,
-        name: str,
-        sequences: Sequence[Sequence[int]],
-        config: SamplerConfig,
-        seeds: Sequence[int] | None,
-    ) -> None:
-        """What `generate` and `infill` ask of their input alike."""
-        if len(sequences) == 0:
-            raise ValueError(f"{name} must hold at least one list of token ids, got none")
-        vocabulary = self.backbone.head()[0].shape[0]
-        for number, tokens in enumerate(sequences):
-            if len(tokens) == 0:
-                raise ValueError(f"{name} must not be empty, got no token in number {number}")
-            unknown = next((token for token in tokens if not 0 <= token < vocabulary), None)
-            if unknown is not None:
-                raise ValueError(
-                    f"{name} must hold token ids in [0, {vocabulary}), got {unknown} in number "
-                    f"{number}"
-                )
+    def _seeds(
+        self, name: str, seeds: Sequence[int] | None, config: SamplerConfig, count: int
+    ) -> list[int]:
+        return row_seeds(config.seed, count) if seeds is None else checked_seeds(name, seeds, count)
+
+    def _check(self, config: SamplerConfig) -> None:
+        """What `generate` and `infill` ask of the model and the config alike."""
+        if self._model.training:
+            raise ValueError("model must be in evaluation mode, got it in training mode")
+        if self.block_size is not None and config.steps is not None:
+            raise ValueError(
+                "steps must not be given for a model of block diffusion, whose number of blocks "
+                f"depends on the prompt, got {config.steps}: steps_per_block counts those of a "
+                "block, as LLaDA2.x does"
+            )
         for key in ("suppress_tokens", "begin_suppress_tokens"):
             for token in getattr(config, key) or ():
-                if token >= vocabulary:
-                    raise ValueError(f"{key} must be in [0, {vocabulary}), got {token}")
-        if seeds is not None and len(seeds) != len(sequences):
+                if token >= self.vocabulary:
+                    raise ValueError(f"{key} must be in [0, {self.vocabulary}), got {token}")
+        never = {self.mask_token_id, *(config.suppress_tokens or ())}
+        if len(never) == self.vocabulary:
             raise ValueError(
-                f"seeds must be one for each of {len(sequences)} {name}, got {len(seeds)}"
+                f"suppress_tokens must leave a token to write, got all {self.vocabulary} but the "
+                "mask token"
             )
 
 

@@ -1,6 +1,7 @@
 """One sequence while it is written: which tokens a step looks at, and which of them it writes."""
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 
 from memdlm.sampler.confidence import Guess, gumbel
 from memdlm.sampler.config import BY_CONFIDENCE, MAX_POST_STEPS, TIME_EPSILON, SamplerConfig
-from memdlm.sampler.schedule import even_split, reveal_probabilities
+from memdlm.sampler.schedule import even_split, reveal_probabilities, time_grid_split
 
 
 def row_seeds(seed: int, count: int) -> list[int]:
@@ -33,6 +34,9 @@ class Row:
         blocks: for each block the positions that are written, all masked now; none is empty.
         steps: denoising steps of a block; None for one for each token.
         config: how tokens are chosen.
+        kept: tokens that are asked for, from the first; those behind only fill the last block.
+        block_length: of blocks that share their steps as if all of it were masked; None where they
+            share them among the tokens that are.
         mask_token_id: of the mask token.
         end_token_ids: tokens that end the row where no masked one is before; empty where none does.
         seed: of its draws.
@@ -49,6 +53,8 @@ class Row:
         steps: int | None,
         config: SamplerConfig,
         *,
+        kept: int,
+        block_length: int | None,
         mask_token_id: int,
         end_token_ids: Sequence[int],
         seed: int,
@@ -59,6 +65,8 @@ class Row:
         self._written = list(itertools.chain.from_iterable(blocks))
         self._blocks = iter(blocks)
         self._steps = steps
+        self._kept = kept
+        self._block_length = block_length
         self._config = config
         self._mask_token_id = mask_token_id
         self._end_token_ids = set(end_token_ids)
@@ -68,9 +76,14 @@ class Row:
             self._max_post_steps = MAX_POST_STEPS if given is None else given
         self._next_block()
 
+    @property
+    def kept_tokens(self) -> list[int]:
+        """The tokens that are asked for, as they are now."""
+        return self.tokens[: self._kept]
+
     def masked_count(self) -> int:
-        """How many tokens are still masked."""
-        return self.tokens.count(self._mask_token_id)
+        """How many of the tokens that are asked for are still masked."""
+        return self.kept_tokens.count(self._mask_token_id)
 
     def next_positions(self) -> list[int]:
         """Begin a step.
@@ -148,13 +161,18 @@ class Row:
     def _next_block(self) -> None:
         self._block = list(next(self._blocks, ()))
         self._post_steps = 0
-        count = len(self._block)
-        steps = self._steps or max(count, 1)
-        self._due = even_split(count, steps)
-        self._chances = []
-        if self._config.remasking == "origin":
-            given = self._config.time_epsilon
-            self._chances = reveal_probabilities(steps, TIME_EPSILON if given is None else given)
+        if not self._block:
+            return
+        config, count = self._config, self._block_length or len(self._block)
+        steps = self._steps or count
+        time_epsilon = TIME_EPSILON if config.time_epsilon is None else config.time_epsilon
+        self._chances = reveal_probabilities(steps, time_epsilon)
+        if config.min_reveal is not None:
+            self._due = [config.min_reveal] * math.ceil(count / config.min_reveal)
+        elif config.reveal == "time_grid":
+            self._due = time_grid_split(len(self._block), steps, time_epsilon)
+        else:
+            self._due = even_split(count, steps)
 
     def _finish_block(self) -> None:
         self._next_block()

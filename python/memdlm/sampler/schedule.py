@@ -2,6 +2,8 @@
 
 import itertools
 
+import torch
+
 
 def even_split(tokens: int, steps: int) -> list[int]:
     """Share tokens evenly among steps, the larger shares first, as LLaDA does.
@@ -15,6 +17,30 @@ def even_split(tokens: int, steps: int) -> list[int]:
     """
     share, rest = divmod(tokens, steps)
     return [share + (step < rest) for step in range(steps) if share or step < rest]
+
+
+def time_grid_split(tokens: int, steps: int, time_epsilon: float) -> list[int]:
+    """Share tokens among steps on Dream's time grid, as its confidence-based algorithms do.
+
+    A step reveals floor(n (1 - s/t)) of the n tokens left, the last step all of them.
+
+    Args:
+        tokens: to reveal, at least 0.
+        steps: at least 1.
+        time_epsilon: in (0, 1).
+
+    Returns:
+        A number for each step that reveals any: at most `steps` of them.
+    """
+    # In float32 as there, where a product may fall short of a whole number.
+    times = torch.linspace(1, time_epsilon, steps + 1)
+    chances = [*(1 - times[1:-1] / times[:-2]), torch.ones(())]
+    shares = []
+    for chance in chances:
+        share = int(tokens * chance)
+        tokens -= share
+        shares.append(share)
+    return [share for share in shares if share]
 
 
 def reveal_probabilities(steps: int, time_epsilon: float) -> list[float]:

@@ -2,7 +2,7 @@
 
 import itertools
 import shutil
-import textwrap
+import unicodedata
 from collections.abc import Sequence
 from typing import TextIO
 
@@ -49,7 +49,7 @@ class Stream:
             line
             for paragraph in text.split("\n")
             # A line of full width would put the cursor on the next by itself.
-            for line in textwrap.wrap(paragraph, max(columns - 1, 1)) or [""]
+            for line in wrapped(paragraph, columns - 1)
         ][-max(rows - 1, 1) :]
         self._erase()
         drawn = "".join(f"{line}\n" for line in lines).replace(MASK, DIM_MASK)
@@ -74,3 +74,32 @@ class Stream:
             parts.append(MASK * len(own) if masked else str(self._tokenizer.decode(own)))
         # Tokens may spell control sequences.
         return "".join(c for c in "".join(parts) if c.isprintable() or c == "\n")
+
+
+def wrapped(text: str, columns: int) -> list[str]:
+    """A paragraph as lines of a terminal, broken behind spaces where there are any.
+
+    Replaces `textwrap.wrap`, which counts characters: many of East Asia take two columns.
+
+    Args:
+        text: without line ends.
+        columns: of a line; a character that is wider has a line of its own.
+
+    Returns:
+        At least one line.
+    """
+    lines, line, behind_space = [], "", 0
+    for character in text:
+        if line and _columns(line + character) > columns:
+            cut = behind_space or len(line)
+            lines.append(line[:cut].rstrip(" "))
+            line, behind_space = line[cut:], 0
+        line += character
+        if character == " ":
+            behind_space = len(line)
+    return [*lines, line]
+
+
+def _columns(text: str) -> int:
+    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
+    return len(text) + wide - sum(map(bool, map(unicodedata.combining, text)))
