@@ -1,6 +1,7 @@
 """`memdlm ablate`: cells, what is trained once, what a killed run does again, and its report."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,8 @@ from memdlm.ablation.report import ablation_table, spread
 from memdlm.ablation.task import base_keys
 from memdlm.cli import main
 from tests.trainer.trainer_case import tiny_model, tiny_tokenizer
+
+DOCS = Path(__file__).parents[2] / "docs"
 
 # As small as the demo's task gets.
 SMALL = """
@@ -180,3 +183,12 @@ def test_a_mean_has_its_spread_where_there_are_seeds():
     assert spread("nll", [1.0]) == "1.000"
     assert spread("nll", [1.0, 2.0]) == "1.500 ± 0.707"
     assert spread("recall_96_one", [0.5, 0.5]) == "50.0 ± 0.0"
+
+
+@pytest.mark.parametrize("name", ["evidence", "evidence_why", "paper_ablations"])
+def test_the_grids_of_the_docs_are_runs_that_exist(name):
+    grid = read_grid(str(DOCS / f"{name}.yaml"), {})
+    cells = make_cells(grid, base_keys(grid))
+    assert {cell.ablation for cell in cells} == set(grid.ablations)
+    # What several ablations share is trained once.
+    assert len({cell.model_name for cell in cells}) < len(cells) or len(grid.ablations) == 1
