@@ -23,6 +23,7 @@ from memdlm.four_bit import four_bit_config, prepare_four_bit
 # Tokens of a block that published block-diffusion models were trained with; their configs do not
 # say.
 PUBLISHED_BLOCK_SIZES = {"llada2_moe": 32}
+ADAPTER_FILE = "adapter_config.json"
 # What `method_of` says.
 _METHOD_KEYS = ("objective", "mask_token_id", "seed", "diffusion", "memory")
 
@@ -73,6 +74,42 @@ class Checkpoint:
         return tuple(ids) if isinstance(ids, list | tuple) else (ids,)
 
 
+def read_config(folder: str) -> tuple[str, Any]:
+    """What a model is, before any of its weights are read.
+
+    Args:
+        folder: as for `load_checkpoint`.
+
+    Returns:
+        The folder or hub name of the model, which for an adapter is its base, and its config.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    base = folder
+    try:
+        if (Path(folder) / ADAPTER_FILE).is_file():
+            base = str(PeftConfig.from_pretrained(folder).base_model_name_or_path)
+        return base, AutoConfig.from_pretrained(base)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model {folder} cannot be read: {first_line(error)}") from error
+
+
+def read_tokenizer(folder: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub name; an adapter without one has its base's.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    own = (Path(folder) / "tokenizer_config.json").is_file()
+    source = folder if own else read_config(folder)[0]
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"tokenizer of {folder} cannot be read: {first_line(error)}") from error
+    return tokenizer
+
+
 def load_checkpoint(
     folder: str,
     *,
@@ -99,16 +136,8 @@ def load_checkpoint(
             not here.
     """
     where = _device(device)
-    path = Path(folder)
-    method = _method(path / METHOD_FILE)
-    is_adapter = (path / "adapter_config.json").is_file()
-    try:
-        base = folder
-        if is_adapter:
-            base = str(PeftConfig.from_pretrained(folder).base_model_name_or_path)
-        config = AutoConfig.from_pretrained(base)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model {folder} cannot be read: {first_line(error)}") from error
+    method = _method(Path(folder) / METHOD_FILE)
+    base, config = read_config(folder)
     if config.model_type not in FAMILIES:
         raise ValueError(
             f"model must be one of {', '.join(FAMILIES)}, got {folder}, whose model_type is "
@@ -121,11 +150,10 @@ def load_checkpoint(
             own if dtype == "auto" else getattr(torch, dtype)
         )
         options["device_map"] = {"": where}
+    tokenizer = read_tokenizer(folder)
     try:
-        has_tokenizer = (path / "tokenizer_config.json").is_file()
-        tokenizer = AutoTokenizer.from_pretrained(folder if has_tokenizer else base)
         model: Any = AutoModelForCausalLM.from_pretrained(base, **options)
-        if is_adapter:
+        if base != folder:
             model = PeftModel.from_pretrained(model, folder)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ValueError(f"model {folder} cannot be loaded: {first_line(error)}") from error

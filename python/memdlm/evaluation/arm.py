@@ -3,12 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from peft import PeftConfig
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
-
-from memdlm.inference import first_line
-
-_ADAPTER_FILE = "adapter_config.json"
+from memdlm.inference import ADAPTER_FILE, read_config
 
 
 @dataclass(frozen=True)
@@ -26,46 +21,13 @@ class Arm:
     memory: bool = False
 
 
-def base_of(folder: str) -> str:
-    """The model of a folder or hub name: an adapter's base, else itself.
-
-    Raises:
-        ValueError: a folder without a model, or an adapter that cannot be read.
-    """
-    path = Path(folder)
-    if path.is_dir() and not any((path / n).is_file() for n in ("config.json", _ADAPTER_FILE)):
-        raise ValueError(f"base, plain and model must each hold a model, got {folder}")
-    if not (path / _ADAPTER_FILE).is_file():
-        return folder
-    try:
-        return str(PeftConfig.from_pretrained(folder).base_model_name_or_path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model {folder} cannot be read: {first_line(error)}") from error
-
-
 def read_positions(folder: str) -> int:
     """Positions that the model of a folder or hub name has.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: a folder without a model, or one that cannot be read.
     """
-    base = base_of(folder)
-    try:
-        return int(AutoConfig.from_pretrained(base).max_position_embeddings)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model {folder} cannot be read: {first_line(error)}") from error
-
-
-def read_tokenizer(folder: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub name; an adapter without one has its base's.
-
-    Raises:
-        ValueError: it cannot be read.
-    """
-    base = base_of(folder)
-    own = (Path(folder) / "tokenizer_config.json").is_file()
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder if own else base)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"tokenizer of {folder} cannot be read: {first_line(error)}") from error
-    return tokenizer
+    path = Path(folder)
+    if path.is_dir() and not any((path / n).is_file() for n in ("config.json", ADAPTER_FILE)):
+        raise ValueError(f"base, plain and model must each hold a model, got {folder}")
+    return int(read_config(folder)[1].max_position_embeddings)

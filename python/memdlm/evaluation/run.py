@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from memdlm.checkpoint import METHOD_FILE
-from memdlm.evaluation.arm import Arm, read_positions, read_tokenizer
+from memdlm.evaluation.arm import Arm, read_positions
 from memdlm.evaluation.harness import check_harness, run_harness
 from memdlm.evaluation.held_out import Adapt, no_memory
 from memdlm.evaluation.options import EvalOptions
@@ -23,7 +23,7 @@ from memdlm.evaluation.records import Records, settings_hash
 from memdlm.evaluation.report import write_report
 from memdlm.evaluation.scoring import score
 from memdlm.evaluation.tasks import ANSWER_TOKENS, Example, build
-from memdlm.inference import Checkpoint, load_checkpoint
+from memdlm.inference import Checkpoint, load_checkpoint, read_tokenizer
 from memdlm.prompt_memory import PromptMemory
 from memdlm.sampler import Sampler, SamplerConfig, sampler_config
 
@@ -50,9 +50,9 @@ def run_eval(options: EvalOptions) -> str:
     arms = make_arms(options)
     configs = {task: _config(options, task) for task in options.task_names}
     folders = list(dict.fromkeys(arm.folder for arm in arms))
+    positions = {folder: read_positions(folder) for folder in folders}
     tokenizers = {folder: read_tokenizer(folder) for folder in folders}
     options = dataclasses.replace(options, chat=_resolve_chat(options, tokenizers))
-    positions = {folder: read_positions(folder) for folder in folders}
     for folder in folders:
         _check_lengths(options, tokenizers[folder], positions[folder], configs)
     check_harness(options, arms)
