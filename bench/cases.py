@@ -131,6 +131,8 @@ class Suite:
         sweeps: cases that are measured with K = 2 alone and without `memdlm_naive`: lengths, prompt
             shares, checkpointing.
         repeats: timed rounds of a step.
+        naive_every: n: `memdlm_naive`, much slower than the rest, takes part in each nth alone.
+        prompt_kv: whether `memdlm_prompt_kv` is measured.
         op_rounds: timed rounds of an op, at most.
     """
 
@@ -141,6 +143,8 @@ class Suite:
     sweeps: list[StepCase]
     repeats: int
     op_rounds: int
+    naive_every: int = 1
+    prompt_kv: bool = True
 
 
 _REAL = [
@@ -162,8 +166,10 @@ SUITES = {
         ],
         inner_steps=[1, 2, 4],
         sweeps=_varied(SMALL["tiny"], length=[128]),
-        repeats=7,
+        repeats=15,
         op_rounds=201,
+        naive_every=3,
+        prompt_kv=False,
     ),
     "cpu": Suite(
         device="cpu",

@@ -122,6 +122,8 @@ def _run_steps(
                 case,
                 inner_steps=suite.inner_steps if is_cost else [2],
                 naive=is_cost and not case.gradient_checkpointing,
+                naive_every=suite.naive_every,
+                prompt_kv=suite.prompt_kv,
                 extra_steps=[2],
                 repeats=suite.repeats,
                 device=device,

@@ -120,6 +120,8 @@ def measure(
     dtype: torch.dtype,
     batches: int = 1,
     naive: bool = True,
+    naive_every: int = 1,
+    prompt_kv: bool = True,
     extra_steps: Sequence[int] | None = None,
     suite: str | None = None,
     run: str | None = None,
@@ -134,7 +136,9 @@ def measure(
         device, dtype: of the model.
         batches: batches of one round, over which its time is averaged.
         naive: whether `memdlm_naive` is measured too.
-        extra_steps: with which of `inner_steps` that and `memdlm_prompt_kv`; None for all.
+        naive_every: n, for it to take part in each nth round alone.
+        prompt_kv: whether `memdlm_prompt_kv` is measured too.
+        extra_steps: with which of `inner_steps` those two are; None for all.
         suite: the suite's name for the rows, None by hand.
         run: when the invocation began, UTC, ISO seconds; None for now.
         path: a file that gets each row as a JSON line as soon as it is there.
@@ -146,11 +150,19 @@ def measure(
         ValueError: variants whose losses differ, `memdlm_naive` with gradient checkpointing.
     """
     steps = make_steps(
-        case, inner_steps, batches, device, dtype, naive=naive, extra_steps=extra_steps
+        case,
+        inner_steps,
+        batches,
+        device,
+        dtype,
+        naive=naive,
+        prompt_kv=prompt_kv,
+        extra_steps=extra_steps,
     )
     steps = check_losses(steps, device)
     rounds = {name: _round(step, batches) for name, step in steps.items()}
-    times_ms = interleaved_ms(rounds, repeats, device)
+    every = {name: naive_every for name in rounds if name.startswith("memdlm_naive")}
+    times_ms = interleaved_ms(rounds, repeats, device, every)
     facts = {
         "bench": "step",
         "suite": suite,

@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,10 @@ _ROOT = Path(__file__).parent.parent
 
 
 def interleaved_ms(
-    variants: dict[str, Callable[[], object]], repeats: int, device: torch.device
+    variants: dict[str, Callable[[], object]],
+    repeats: int,
+    device: torch.device,
+    every: Mapping[str, int] | None = None,
 ) -> dict[str, list[float]]:
     """Run every variant once per round, so that a slow spell of the machine meets all of them.
 
@@ -28,15 +31,16 @@ def interleaved_ms(
         variants: name to what is timed; each runs once untimed before.
         repeats: rounds, at least 1.
         device: waited for around each run.
+        every: of a variant that is slow beside the others: n, to take part in each nth round alone.
 
     Returns:
-        Name to `repeats` times in milliseconds.
+        Name to `repeats` times in milliseconds, fewer for those in `every`.
     """
     for run in tqdm(variants.values(), desc="warm-up", leave=False):
         run()
     times: dict[str, list[float]] = {name: [] for name in variants}
-    names = list(variants)
     for number in tqdm(range(repeats), desc="rounds", leave=False):
+        names = [name for name in variants if number % (every or {}).get(name, 1) == 0]
         # Another one begins each time: what runs before has its effect on caches and the allocator.
         first = number % len(names)
         for name in (*names[first:], *names[:first]):

@@ -14,7 +14,7 @@ from bench.breakdown import Event, analyse, profile_steps
 from bench.cases import StepCase
 from bench.operator_counts import OperatorCounts
 from bench.results import check_row
-from bench.timing import peak_mib, rss_mib
+from bench.timing import interleaved_ms, peak_mib, rss_mib
 from memdlm.config import DiffusionConfig
 from memdlm_kernels import lora_linear
 
@@ -288,3 +288,11 @@ def test_an_unknown_revision_is_an_error(capsys):
     with pytest.raises(SystemExit):
         compare.main(["no-such-revision"])
     assert "no-such-revision" in capsys.readouterr().err
+
+
+def test_a_slow_variant_takes_part_in_some_rounds_alone():
+    ran = []
+    variants = {name: lambda name=name: ran.append(name) for name in ("fast", "slow")}
+    times = interleaved_ms(variants, 7, torch.device("cpu"), {"slow": 3})
+    assert [len(times[name]) for name in variants] == [7, 3]
+    assert (ran.count("fast"), ran.count("slow")) == (8, 4)  # each once untimed before
