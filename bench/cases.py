@@ -166,7 +166,7 @@ SUITES = {
         ],
         inner_steps=[1, 2, 4],
         sweeps=_varied(SMALL["tiny"], length=[128]),
-        repeats=15,
+        repeats=12,
         op_rounds=201,
         naive_every=3,
         prompt_kv=False,

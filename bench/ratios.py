@@ -1,5 +1,7 @@
 """Ratios of the rows of one run, and how they differ from those of another."""
 
+from statistics import median
+
 from bench.results import Row
 
 # The rows of one case of `bench.step`, by variant and K.
@@ -48,6 +50,15 @@ def over(case: Case, base: str, key: str = "p50_ms") -> float:
     return case["memdlm", SHOWN_K][key] / case[base, None][key]
 
 
+def naive_over_memdlm(case: Case, k: int) -> float:
+    """The time of the method written plainly over ours, with K = k.
+
+    Of the rounds that both took part in: the slow one may leave out some (`every`).
+    """
+    naive, own = case["memdlm_naive", k], case["memdlm", k]
+    return median(naive["times_ms"]) / median(own["times_ms"][:: naive.get("every", 1)])
+
+
 def by_round(row: Row, standard: Row) -> list[float]:
     """Times over those of a standard, round by round: both took part in each."""
     pairs = zip(row["times_ms"], standard["times_ms"], strict=True)
@@ -88,7 +99,7 @@ def ratios(rows: list[Row]) -> dict[str, float]:
                         found[name] = row["p50_ms"] / own[base, None]["p50_ms"]
             elif variant == "memdlm_naive" and ("memdlm", k) in own:
                 name = f"memdlm_naive/memdlm K={k}, {case}"
-                found[name] = row["p50_ms"] / own["memdlm", k]["p50_ms"]
+                found[name] = naive_over_memdlm(own, k)
     for (op, case), variants in by_op(rows).items():
         for row in variants:
             if "p50_ms" in row and row is not op_base(variants):

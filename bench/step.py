@@ -187,16 +187,21 @@ def measure(
             memory = memory_of(variant, int(k)) if k else None
             parts_ms = {"host_masks": round(collation_ms(case, memory), 3), **parts_ms}
         own_ms = [time_ms / batches for time_ms in times_ms[name]]
+        grown_mib = None
         with OperatorCounts(device) as counts:
-            take_round()
+            if device.type == "cpu":
+                grown_mib = round(rss_mib(take_round), 1)
+            else:
+                take_round()
         row = {
             **facts,
             "variant": variant,
             "k": int(k) if k else None,
+            "every": every.get(name, 1),
             "times_ms": [round(time_ms, 3) for time_ms in own_ms],
             **percentiles(own_ms),
             "peak_mib": round(peak_mib(take_round, device) + steps[name].held_bytes / 2**20, 1),
-            "rss_mib": round(rss_mib(take_round), 1) if device.type == "cpu" else None,
+            "rss_mib": grown_mib,
             "flops": counts.flops // batches,
             "parts_ms": parts_ms,
             "calls": breakdown.calls,

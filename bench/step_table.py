@@ -1,6 +1,6 @@
 """Rows of `bench.step` as Markdown."""
 
-from bench.ratios import SHOWN_K, by_case, cost_cases, over
+from bench.ratios import SHOWN_K, by_case, cost_cases, naive_over_memdlm, over
 from bench.results import Row
 from bench.table import figure, or_dash, span, table
 
@@ -37,9 +37,7 @@ def findings(steps: list[Row]) -> list[str]:
     )
     naive = [case for case in cases if ("memdlm_naive", SHOWN_K) in case]
     if naive:
-        ours = ("memdlm", SHOWN_K)
-        plainly = ("memdlm_naive", SHOWN_K)
-        own = [case[plainly]["p50_ms"] / case[ours]["p50_ms"] for case in naive]
+        own = [naive_over_memdlm(case, SHOWN_K) for case in naive]
         lines.append(f"- The same method written plainly takes {span(own)} the time of ours.")
     return lines
 

@@ -148,6 +148,13 @@ def test_ratios_are_over_both_standards():
     }
 
 
+def test_rounds_that_the_plain_method_left_out_do_not_count_for_its_ratio():
+    rows = one_run(150.0, FIRST)
+    rows[2] |= {"every": 3, "times_ms": [400.0, 450.0, 500.0]}
+    rows[3] |= {"times_ms": [100.0, 1.0, 1.0, 150.0, 1.0, 1.0, 200.0]}
+    assert ratios.ratios(rows)["memdlm_naive/memdlm K=2, a case"] == 3.0
+
+
 def test_the_largest_change_against_the_run_before_is_told():
     rows = one_run(150.0, FIRST) + one_run(180.0, SECOND)
     said = ratios.against_previous(rows, SECOND)
