@@ -8,6 +8,9 @@ STABLE_TORCH_LIBRARY(memdlm_C, m) {
       "fast_weight_sgd_(Tensor(a!) param, Tensor grad, Tensor segments, float lr, float max_norm, "
       "str clip, Tensor? loss, Tensor(b!) norm, Tensor(c!) skipped, Tensor(d!)? cast) -> ()");
   m.def(
+      "fast_weight_sgd_backward(Tensor grad_updated, Tensor grad, Tensor segments, float lr, "
+      "float max_norm, str clip, Tensor skipped, Tensor(a!) grad_grad) -> ()");
+  m.def(
       "fast_weight_reset_(Tensor(a!) param, Tensor segments, Tensor bounds, Tensor seed, "
       "Tensor(b!)? cast) -> ()");
   m.def(

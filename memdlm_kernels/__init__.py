@@ -5,10 +5,11 @@ V vocabulary, D hidden, R rank, E experts, S sets of fast weights (1, or one for
 P fast-weight tensors (of grouped_lora_linear: projections), T fast-weight elements in one set.
 """
 
+from memdlm_kernels._backends import reference_ops
 from memdlm_kernels._build import build_info
 from memdlm_kernels.backends import list_backends
 from memdlm_kernels.fast_weight_reset import fast_weight_reset_
-from memdlm_kernels.fast_weight_sgd import fast_weight_sgd_
+from memdlm_kernels.fast_weight_sgd import fast_weight_sgd, fast_weight_sgd_
 from memdlm_kernels.grouped_linear import grouped_linear
 from memdlm_kernels.grouped_lora_linear import grouped_lora_linear
 from memdlm_kernels.lora_linear import lora_linear
@@ -20,6 +21,7 @@ from memdlm_kernels.masked_linear_kl import masked_linear_kl
 __all__ = [
     "build_info",
     "fast_weight_reset_",
+    "fast_weight_sgd",
     "fast_weight_sgd_",
     "grouped_linear",
     "grouped_lora_linear",
@@ -29,4 +31,5 @@ __all__ = [
     "masked_cross_entropy",
     "masked_linear_cross_entropy",
     "masked_linear_kl",
+    "reference_ops",
 ]

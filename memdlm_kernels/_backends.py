@@ -1,9 +1,11 @@
 """Which implementation of an op runs: the only dispatch code of the package."""
 
+import contextlib
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -97,13 +99,31 @@ TRITON = Backend("triton", _triton_unfit)
 REFERENCE = Backend("reference", lambda *_: None)
 
 
+_REFERENCES: ContextVar[bool] = ContextVar("_REFERENCES", default=False)
+
+
+@contextlib.contextmanager
+def reference_ops() -> Iterator[None]:
+    """In here every op that is not told a backend runs its reference.
+
+    A reference is plain PyTorch, and can be differentiated as often as its dtypes allow; the other
+    backends can once. Under this context a function that calls ops can be too.
+    """
+    outer = _REFERENCES.set(True)
+    try:
+        yield
+    finally:
+        _REFERENCES.reset(outer)
+
+
 def choose(op: str, order: Sequence[Backend], requested: str | None, *facts: Any) -> str:
     """Name of the backend that runs `op` on these inputs.
 
     Args:
         op: name of the op, for the error text.
         order: the op's backends, preferred first.
-        requested: a backend's name, or None for the first in `order` that fits.
+        requested: a backend's name, or None for the first in `order` that fits, and under
+            `reference_ops` for the reference.
         facts: what each backend's `unfit` looks at; tensors' device, dtype and shape only.
 
     Returns:
@@ -112,6 +132,8 @@ def choose(op: str, order: Sequence[Backend], requested: str | None, *facts: Any
     Raises:
         ValueError: `requested` is no backend of this op, or cannot run here; or none can.
     """
+    if requested is None and _REFERENCES.get():
+        requested = REFERENCE.name
     reasons = []
     for backend in order:
         if requested is not None and backend.name != requested:

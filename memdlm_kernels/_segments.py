@@ -5,11 +5,16 @@ from torch import Tensor
 
 
 def check_flat(name: str, flat: Tensor) -> None:
-    """Raise ValueError unless `flat` can hold S sets of T fast weights and be written in place."""
+    """Raise ValueError unless `flat` can hold S sets of T fast weights."""
     if flat.dim() != 2 or not flat.is_floating_point():
         raise ValueError(
             f"{name} must be a floating-point tensor [S, T], got {flat.dtype} {list(flat.shape)}"
         )
+
+
+def check_written(name: str, flat: Tensor) -> None:
+    """Raise ValueError unless `flat` can hold S sets of T fast weights and be written in place."""
+    check_flat(name, flat)
     if any(
         size > 1 and stride == 0 for size, stride in zip(flat.shape, flat.stride(), strict=True)
     ):
@@ -20,7 +25,7 @@ def check_flat(name: str, flat: Tensor) -> None:
 
 def check_cast(cast: Tensor, param: Tensor) -> None:
     """Raise ValueError unless `cast` can receive `param` rounded to another dtype."""
-    check_flat("cast", cast)
+    check_written("cast", cast)
     if cast.shape != param.shape or cast.dtype == param.dtype:
         raise ValueError(
             f"cast must be {list(param.shape)}, like param, of another dtype than {param.dtype}, "

@@ -21,6 +21,7 @@ _HIDDEN, _INNER, _RANK, _EXPERTS = 2048, 1024, 32, 64
 # What the backends look at beside the device: a layer of LLaDA-MoE in bfloat16.
 _OPS: Mapping[str, tuple[Any, tuple[Any, ...]]] = {
     "fast_weight_reset_": (fast_weight_reset, ()),
+    "fast_weight_sgd": (fast_weight_sgd, ()),
     "fast_weight_sgd_": (fast_weight_sgd, ()),
     "grouped_linear": (grouped_linear, (_DTYPE, _HIDDEN, 2 * _INNER, _EXPERTS)),
     "grouped_lora_linear": (

@@ -135,13 +135,13 @@ def test_wheel_from_sdist(tmp_path: Path) -> None:
     code = """
 import json, torch, memdlm_kernels
 has = torch._C._dispatch_has_kernel_for_dispatch_key
-ops = ("fast_weight_sgd_", "fast_weight_reset_")
+ops = ("fast_weight_sgd_", "fast_weight_sgd_backward", "fast_weight_reset_")
 info = memdlm_kernels.build_info()
 registered = [has(f"memdlm_C::{op}", "CUDA") for op in ops]
 print(json.dumps([info["cuda"], info["cuda_architectures"], registered]))
 """
     facts = json.loads(succeed(python, "-P", "-c", code))
-    assert facts == [CUDA, [90] if CUDA else [], [CUDA, CUDA]]
+    assert facts == [CUDA, [90] if CUDA else [], 3 * [CUDA]]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Cases of fast_weight_sgd_ and fast_weight_reset_: all fast weights in one flat buffer."""
+"""Cases of the ops of fast weights: all of them in one flat buffer."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,11 +15,12 @@ from bench.op_cases.case import (
     Variant,
     backends,
     copy_of,
+    differentiated,
     randn,
     text,
 )
 from bench.op_cases.error import largest_error
-from memdlm_kernels import fast_weight_reset_, fast_weight_sgd_
+from memdlm_kernels import fast_weight_reset_, fast_weight_sgd, fast_weight_sgd_
 
 _LR, _MAX_NORM, _BOUND = 0.1, 1.0, 0.05
 _INT64_BYTES, _FLOAT32_BYTES = 8, 4
@@ -49,16 +50,9 @@ def sgd_case(
     total = sum(sizes)
 
     def inputs(generator: torch.Generator) -> Inputs:
-        device = generator.device
-        # As large as the step that is taken, so that the comparison sees all of the step.
-        scale = _LR * (_MAX_NORM / (sum(sizes) / len(sizes)) ** 0.5)
-        tensors = {
-            "param": randn(generator, sets, total, scale=scale),
-            "grad": randn(generator, sets, total, dtype=dtype),
-            "segments": _segments(sizes, device),
-        }
+        tensors = _step_inputs(generator, sets, sizes, dtype)
         if cast:
-            tensors["cast"] = torch.zeros(sets, total, dtype=dtype, device=device)
+            tensors["cast"] = torch.zeros(sets, total, dtype=dtype, device=generator.device)
         return tensors
 
     def ours(backend: str) -> Make:
@@ -111,6 +105,60 @@ def sgd_case(
         roundings=_ROUNDINGS,
         longest_sum=max(sizes),
         bytes=sets * total * per_element + (len(sizes) + 1) * _INT64_BYTES,
+    )
+
+
+def function_case(
+    sets: int, sizes: Sequence[int], dtype: torch.dtype, *, bounds: bool = False
+) -> Case:
+    """The same step as a function of float32 fast weights, and its backward.
+
+    Args:
+        sets: S.
+        sizes: elements of each of the P tensors of a set.
+        dtype: of the gradients.
+        bounds: also measure a copy of the bytes.
+    """
+    total = sum(sizes)
+
+    def inputs(generator: torch.Generator) -> Inputs:
+        tensors = _step_inputs(generator, sets, sizes, dtype)
+        return tensors | {"grad_out": randn(generator, sets, total)}
+
+    def ours(backend: str) -> Make:
+        def function(param: Tensor, grad: Tensor, segments: Tensor) -> Tensor:
+            return fast_weight_sgd(param, grad, segments, _LR, _MAX_NORM, backend=backend)[0]
+
+        return differentiated(function, ("param", "grad"))
+
+    def written(step: Callable[[Sequence[Tensor], Sequence[Tensor]], list[Tensor]]) -> Make:
+        def function(param: Tensor, grad: Tensor, segments: Tensor) -> Tensor:
+            grad = grad.to(param.dtype)
+            params, grads = (t.flatten().split(list(sizes) * sets) for t in (param, grad))
+            return torch.cat(step(params, grads)).view_as(param)
+
+        return differentiated(function, ("param", "grad"))
+
+    op = "fast_weight_sgd"
+    peers = [
+        Variant("loop, clip written plainly", written(_loop_function)),
+        Variant("torch._foreach", written(_foreach_function)),
+    ]
+    state, gradient = _FLOAT32_BYTES, dtype.itemsize
+    least = 2 * state + gradient + state + gradient  # forward, then grad_out and grad's gradient
+    if bounds:
+        # Forward and backward read the gradient twice each, and backward grad_out.
+        peers.append(copy_of(sets * total * (least + 3 * gradient + state)))
+    return Case(
+        op=op,
+        name=f"{_state(sets, sizes)}, float32 state, {text(dtype)} gradient, forward and backward",
+        dtype=dtype,
+        inputs=inputs,
+        truth=ours("reference"),
+        variants=backends(op, ours) + tuple(peers),
+        roundings=_ROUNDINGS,
+        longest_sum=max(sizes),
+        bytes=sets * total * least + (len(sizes) + 1) * _INT64_BYTES,
     )
 
 
@@ -202,6 +250,19 @@ def reset_case(
     )
 
 
+def _step_inputs(
+    generator: torch.Generator, sets: int, sizes: Sequence[int], dtype: torch.dtype
+) -> Inputs:
+    total = sum(sizes)
+    # As large as the step that is taken, so that the comparison sees all of the step.
+    scale = _LR * (_MAX_NORM / (total / len(sizes)) ** 0.5)
+    return {
+        "param": randn(generator, sets, total, scale=scale),
+        "grad": randn(generator, sets, total, dtype=dtype),
+        "segments": _segments(sizes, generator.device),
+    }
+
+
 def _state(sets: int, sizes: Sequence[int]) -> str:
     if len(set(sizes)) == 1:
         return f"{sets} x {len(sizes)} x {sizes[0]}"
@@ -283,6 +344,21 @@ def _sgd_fused(params: list[Tensor], grads: list[Tensor]) -> Callable[[], None]:
         optimizer.step()
 
     return step
+
+
+def _loop_function(params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
+    updated = []
+    for param, grad in zip(params, grads, strict=True):
+        factor = torch.clamp(_MAX_NORM / grad.norm(), max=1.0)
+        updated.append(param - _LR * factor * grad)
+    return updated
+
+
+def _foreach_function(params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
+    norms = torch.stack(torch._foreach_norm(grads))
+    factors = _LR * torch.clamp(_MAX_NORM / norms, max=1.0)
+    clipped = torch._foreach_mul(grads, list(factors))
+    return list(torch._foreach_sub(params, clipped))
 
 
 def _leaves(params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:

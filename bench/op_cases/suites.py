@@ -54,6 +54,7 @@ def _tiny() -> list[Case]:
             ffn.ffn_case(40, 3, 16, 24, dtype, backward=True, rank=8),
             fast_weights.sgd_case(2, sizes, dtype, bounds=True),
             fast_weights.sgd_case(1, sizes, _BF16, cast=True) if dtype == _BF16 else None,
+            fast_weights.function_case(2, sizes, dtype, bounds=True),
             fast_weights.reset_case(2, 4 * sizes, dtype, bounds=True),
             fast_weights.reset_case(1, sizes, _BF16, cast=True) if dtype == _BF16 else None,
         )
@@ -79,6 +80,7 @@ def _quick() -> list[Case]:
         ffn.activation_case(1_024, 1_024, _F32),
         fast_weights.sgd_case(1, (22_528,) * 24, _F32),
         fast_weights.sgd_case(1, (200_000,) * 200, _F32),
+        fast_weights.function_case(1, (22_528,) * 24, _F32),
         fast_weights.reset_case(1, (22_528,) * 24, _F32),
     ]
 
@@ -123,6 +125,7 @@ def _cpu() -> list[Case]:
         ffn.dense_case(1_024, 384, 1_024, _BF16, _GATED_INNER),
         ffn.activation_case(1_024, 1_024, _BF16),
         fast_weights.sgd_case(1, (200_000,) * 200, _BF16, cast=True),
+        fast_weights.function_case(1, (200_000,) * 20, _BF16),
         fast_weights.reset_case(1, (200_000,) * 20, _BF16, cast=True),
     ]
     return _quick() + more + narrow
@@ -159,6 +162,8 @@ def _gpu() -> list[Case]:
         ffn.ffn_case(rows, count, hidden, inner, _BF16, backward=True),
         fast_weights.sgd_case(1, fast_weights.LLADA2_MINI, _F32, bounds=True),
         fast_weights.sgd_case(1, fast_weights.LLADA2_MINI, _BF16, cast=True, bounds=True),
+        fast_weights.function_case(1, fast_weights.LLADA2_MINI, _F32, bounds=True),
+        fast_weights.function_case(1, fast_weights.LLADA2_MINI, _BF16, bounds=True),
         fast_weights.reset_case(1, fast_weights.LLADA2_MINI, _BF16, cast=True, bounds=True),
     ]
 

@@ -1,5 +1,6 @@
 // Fast weights of S sets (rows) in one flat buffer [S, T], cut into P tensors by a segment table:
-// clipped SGD in two passes over the gradient, and a redraw in one pass of writes.
+// clipped SGD in two passes over the gradient, its derivative in two more, and a redraw in one pass
+// of writes.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/BFloat16.h>
@@ -12,6 +13,7 @@
 #include <optional>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -57,6 +59,15 @@ std::vector<Block> make_blocks(const Tensor& segments, int64_t rows, int64_t col
   return blocks;
 }
 
+// Calls body(block) for all blocks, on all threads.
+template <class Body>
+void for_each_block(const std::vector<Block>& blocks, Body body) {
+  const int64_t count = static_cast<int64_t>(blocks.size());
+  torch::stable::parallel_for(0, count, kGrain, [&](int64_t first, int64_t last) {
+    for (int64_t b = first; b < last; ++b) body(blocks[b]);
+  });
+}
+
 // Row `row` of a tensor [S, T] whose columns are adjacent.
 template <class T>
 T* row_of(const Tensor& flat, int64_t row) {
@@ -87,31 +98,101 @@ void with_type(ScalarType dtype, const char* name, Body body) {
   }
 }
 
-// In double no square of a float overflows or underflows, and each is exact.
+typedef double Wide __attribute__((vector_size(64)));
+
+// 32 adjacent elements in double, where no square of a float overflows or underflows and each is
+// exact.
+template <class T>
+__attribute__((always_inline)) inline void widen(const T* x, Wide* wide) {
+  typedef Work<T> Narrow __attribute__((vector_size(8 * sizeof(Work<T>))));
+  Narrow narrow[4];
+  Work<T> values[32];
+  for (int lane = 0; lane < 32; ++lane) values[lane] = static_cast<Work<T>>(x[lane]);
+  std::memcpy(narrow, values, sizeof(narrow));
+  for (int chain = 0; chain < 4; ++chain)
+    wide[chain] = __builtin_convertvector(narrow[chain], Wide);
+}
+
+// The sum of four chains, which hide the latency of the addition, and of the rest.
+__attribute__((always_inline)) inline double total_of(const Wide* chains, double rest) {
+  const Wide sum = (chains[0] + chains[1]) + (chains[2] + chains[3]);
+  for (int lane = 0; lane < 8; ++lane) rest += sum[lane];
+  return rest;
+}
+
 template <class T>
 CLONES double sum_of_squares(const T* x, int64_t n) {
-  typedef Work<T> Narrow __attribute__((vector_size(8 * sizeof(Work<T>))));
-  typedef double Wide __attribute__((vector_size(64)));
-  Wide sums[4] = {};  // four chains hide the latency of the addition
+  Wide chains[4] = {};
   int64_t i = 0;
   for (; i + 32 <= n; i += 32) {
-    Narrow narrow[4];
-    Work<T> values[32];
-    for (int lane = 0; lane < 32; ++lane) values[lane] = static_cast<Work<T>>(x[i + lane]);
-    std::memcpy(narrow, values, sizeof(narrow));
-    for (int chain = 0; chain < 4; ++chain) {
-      const Wide wide = __builtin_convertvector(narrow[chain], Wide);
-      sums[chain] += wide * wide;
-    }
+    Wide wide[4];
+    widen(x + i, wide);
+    for (int chain = 0; chain < 4; ++chain) chains[chain] += wide[chain] * wide[chain];
   }
-  double total = 0;
+  double rest = 0;
   for (; i < n; ++i) {
     const double value = static_cast<Work<T>>(x[i]);
-    total += value * value;
+    rest += value * value;
   }
-  const Wide sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-  for (int lane = 0; lane < 8; ++lane) total += sum[lane];
-  return total;
+  return total_of(chains, rest);
+}
+
+template <class T, class U>
+CLONES double sum_of_products(const T* x, const U* y, int64_t n) {
+  Wide chains[4] = {};
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32) {
+    Wide x_wide[4], y_wide[4];
+    widen(x + i, x_wide);
+    widen(y + i, y_wide);
+    for (int chain = 0; chain < 4; ++chain) chains[chain] += x_wide[chain] * y_wide[chain];
+  }
+  double rest = 0;
+  for (; i < n; ++i) {
+    rest += static_cast<double>(static_cast<Work<T>>(x[i])) * static_cast<Work<U>>(y[i]);
+  }
+  return total_of(chains, rest);
+}
+
+// Of one segment of one row, or of a whole row.
+struct Sums {
+  double square = 0;   // of the gradient with itself
+  double product = 0;  // and with another tensor
+};
+
+// What sums_of(block) adds up to for each segment of each row, `size` in all.
+template <class Body>
+std::vector<Sums> sum_segments(const std::vector<Block>& blocks, int64_t size, int64_t count,
+                               Body sums_of) {
+  std::vector<Sums> partial(blocks.size()), sums(size);
+  const int64_t block_count = static_cast<int64_t>(blocks.size());
+  torch::stable::parallel_for(0, block_count, kGrain, [&](int64_t first, int64_t last) {
+    for (int64_t b = first; b < last; ++b) partial[b] = sums_of(blocks[b]);
+  });
+  for (int64_t b = 0; b < block_count; ++b) {
+    Sums& sum = sums[blocks[b].row * count + blocks[b].segment];
+    sum.square += partial[b].square;
+    sum.product += partial[b].product;
+  }
+  return sums;
+}
+
+// The sums that decide how each segment is clipped: its own, or for "global" those of its row.
+std::vector<Sums> clip_sums(std::vector<Sums> sums, int64_t count, const std::string& clip) {
+  if (clip != "global") return sums;
+  for (auto row = sums.begin(); row != sums.end(); row += count) {
+    Sums total;
+    for (auto sum = row; sum != row + count; ++sum) {
+      total.square += sum->square;
+      total.product += sum->product;
+    }
+    std::fill(row, row + count, total);
+  }
+  return sums;
+}
+
+bool is_clipped(double square, double max_norm, const std::string& clip) {
+  return clip != "none" && std::sqrt(square) > max_norm;
 }
 
 // cast[i] = param[i], by way of float where either has 16 bits, as torch does it.
@@ -166,29 +247,19 @@ void fast_weight_sgd_(const Tensor& param, const Tensor& grad, const Tensor& seg
   check_tensor(skipped, "skipped", ScalarType::Bool, rows);
   if (cast) check_flat(*cast, "cast", rows, columns);
   const std::vector<Block> blocks = make_blocks(segments, rows, columns);
-  const int64_t block_count = static_cast<int64_t>(blocks.size());
 
-  std::vector<double> partial(blocks.size());
+  std::vector<Sums> sums;
   with_type(grad.scalar_type(), "grad", [&]<class G>() {
-    torch::stable::parallel_for(0, block_count, kGrain, [&](int64_t first, int64_t last) {
-      for (int64_t b = first; b < last; ++b) {
-        const Block& block = blocks[b];
-        partial[b] =
-            sum_of_squares(row_of<const G>(grad, block.row) + block.begin, block.end - block.begin);
-      }
+    sums = sum_segments(blocks, rows * count, count, [&](const Block& block) {
+      const G* x = row_of<const G>(grad, block.row) + block.begin;
+      return Sums{sum_of_squares(x, block.end - block.begin), 0};
     });
   });
 
-  std::vector<double> square(rows * count), row_square(rows), factor(rows * count, lr);
-  for (int64_t b = 0; b < block_count; ++b) {
-    square[blocks[b].row * count + blocks[b].segment] += partial[b];
-  }
   bool* skip = skipped.mutable_data_ptr<bool>();
   mark_bad_losses(loss, skip, rows);
   for (int64_t i = 0; i < rows * count; ++i) {
-    const int64_t row = i / count;
-    row_square[row] += square[i];
-    const double segment_norm = std::sqrt(square[i]);
+    const double segment_norm = std::sqrt(sums[i].square);
     bool finite;
     if (norm.scalar_type() == ScalarType::Double) {
       norm.mutable_data_ptr<double>()[i] = segment_norm;
@@ -197,26 +268,77 @@ void fast_weight_sgd_(const Tensor& param, const Tensor& grad, const Tensor& seg
       norm.mutable_data_ptr<float>()[i] = static_cast<float>(segment_norm);
       finite = std::isfinite(static_cast<float>(segment_norm));
     }
-    skip[row] |= !finite;
-    if (clip == "tensor" && segment_norm > max_norm) factor[i] = lr * (max_norm / segment_norm);
+    skip[i / count] |= !finite;
   }
-  if (clip == "global") {
-    for (int64_t i = 0; i < rows * count; ++i) {
-      const double row_norm = std::sqrt(row_square[i / count]);
-      if (row_norm > max_norm) factor[i] = lr * (max_norm / row_norm);
-    }
+  sums = clip_sums(std::move(sums), count, clip);
+  std::vector<double> factor(rows * count, lr);
+  for (int64_t i = 0; i < rows * count; ++i) {
+    const double square = sums[i].square;
+    if (is_clipped(square, max_norm, clip)) factor[i] = lr * (max_norm / std::sqrt(square));
   }
 
   with_type(param.scalar_type(), "param", [&]<class P>() {
     with_type(grad.scalar_type(), "grad", [&]<class G>() {
-      torch::stable::parallel_for(0, block_count, kGrain, [&](int64_t first, int64_t last) {
-        for (int64_t b = first; b < last; ++b) {
-          const Block& block = blocks[b];
-          if (skip[block.row]) continue;
-          descend(row_of<P>(param, block.row) + block.begin,
-                  row_of<const G>(grad, block.row) + block.begin,
-                  factor[block.row * count + block.segment], block.end - block.begin);
-          refresh_cast(cast, param, block);
+      for_each_block(blocks, [&](const Block& block) {
+        if (skip[block.row]) return;
+        descend(row_of<P>(param, block.row) + block.begin,
+                row_of<const G>(grad, block.row) + block.begin,
+                factor[block.row * count + block.segment], block.end - block.begin);
+        refresh_cast(cast, param, block);
+      });
+    });
+  });
+}
+
+// grad_grad[i] = -factor * (grad_updated[i] - along * grad[i])
+template <class U, class G>
+CLONES void project(G* __restrict__ grad_grad, const U* __restrict__ grad_updated,
+                    const G* __restrict__ grad, double factor, double along, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const double radial = along * static_cast<Work<G>>(grad[i]);
+    const double slope = static_cast<Work<U>>(grad_updated[i]) - radial;
+    grad_grad[i] = static_cast<G>(static_cast<Work<G>>(-factor * slope));
+  }
+}
+
+// A clipped gradient g gives lr * max_norm * g / |g|, which no change of g along g itself moves.
+void fast_weight_sgd_backward(const Tensor& grad_updated, const Tensor& grad,
+                              const Tensor& segments, double lr, double max_norm, std::string clip,
+                              const Tensor& skipped, const Tensor& grad_grad) {
+  const int64_t rows = grad.size(0), columns = grad.size(1), count = segments.numel() - 1;
+  check_flat(grad_updated, "grad_updated", rows, columns);
+  check_flat(grad, "grad", rows, columns);
+  check_tensor(skipped, "skipped", ScalarType::Bool, rows);
+  check_tensor(grad_grad, "grad_grad", grad.scalar_type(), rows * columns);
+  const bool* skip = skipped.const_data_ptr<bool>();
+  const std::vector<Block> blocks = make_blocks(segments, rows, columns);
+
+  with_type(grad_updated.scalar_type(), "grad_updated", [&]<class U>() {
+    with_type(grad.scalar_type(), "grad", [&]<class G>() {
+      std::vector<double> factor(rows * count, lr), along(rows * count);
+      if (clip != "none") {
+        // A block of both is in the cache when it is read again.
+        std::vector<Sums> sums = sum_segments(blocks, rows * count, count, [&](const Block& block) {
+          const U* u = row_of<const U>(grad_updated, block.row) + block.begin;
+          const G* g = row_of<const G>(grad, block.row) + block.begin;
+          const int64_t n = block.end - block.begin;
+          return Sums{sum_of_squares(g, n), sum_of_products(g, u, n)};
+        });
+        sums = clip_sums(std::move(sums), count, clip);
+        for (int64_t i = 0; i < rows * count; ++i) {
+          if (!is_clipped(sums[i].square, max_norm, clip)) continue;
+          factor[i] = lr * (max_norm / std::sqrt(sums[i].square));
+          along[i] = sums[i].product / sums[i].square;
+        }
+      }
+      for_each_block(blocks, [&](const Block& block) {
+        G* out = row_of<G>(grad_grad, block.row) + block.begin;
+        const int64_t i = block.row * count + block.segment, n = block.end - block.begin;
+        if (skip[block.row]) {
+          std::fill(out, out + n, static_cast<G>(0.0f));
+        } else {
+          project(out, row_of<const U>(grad_updated, block.row) + block.begin,
+                  row_of<const G>(grad, block.row) + block.begin, factor[i], along[i], n);
         }
       });
     });
@@ -290,26 +412,23 @@ void fast_weight_reset_(const Tensor& param, const Tensor& segments, const Tenso
   const std::vector<Block> blocks = make_blocks(segments, rows, columns);
 
   with_type(param.scalar_type(), "param", [&]<class T>() {
-    torch::stable::parallel_for(
-        0, static_cast<int64_t>(blocks.size()), kGrain, [&](int64_t first, int64_t last) {
-          for (int64_t b = first; b < last; ++b) {
-            const Block& block = blocks[b];
-            T* row = row_of<T>(param, block.row);
-            if (static_cast<Work<T>>(bound[block.segment]) == 0) {
-              // Half of all fast weights: every B. Nothing to draw.
-              std::fill(row + block.begin, row + block.end, static_cast<T>(0.0f));
-            } else {
-              draw(row, static_cast<uint64_t>(seeds[block.row]), bound[block.segment], block.begin,
-                   block.end);
-            }
-            refresh_cast(cast, param, block);
-          }
-        });
+    for_each_block(blocks, [&](const Block& block) {
+      T* row = row_of<T>(param, block.row);
+      if (static_cast<Work<T>>(bound[block.segment]) == 0) {
+        // Half of all fast weights: every B. Nothing to draw.
+        std::fill(row + block.begin, row + block.end, static_cast<T>(0.0f));
+      } else {
+        draw(row, static_cast<uint64_t>(seeds[block.row]), bound[block.segment], block.begin,
+             block.end);
+      }
+      refresh_cast(cast, param, block);
+    });
   });
 }
 
 STABLE_TORCH_LIBRARY_IMPL(memdlm_C, CPU, m) {
   m.impl("fast_weight_sgd_", TORCH_BOX(&fast_weight_sgd_));
+  m.impl("fast_weight_sgd_backward", TORCH_BOX(&fast_weight_sgd_backward));
   m.impl("fast_weight_reset_", TORCH_BOX(&fast_weight_reset_));
 }
 

@@ -58,6 +58,10 @@ const int64_t* segments_of(const Tensor& segments) {
   return segments.const_data_ptr<int64_t>();
 }
 
+Clip clip_of(const std::string& clip) {
+  return clip == "tensor" ? Clip::kTensor : clip == "global" ? Clip::kGlobal : Clip::kNone;
+}
+
 void* current_stream(const Tensor& tensor) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
@@ -84,7 +88,7 @@ void fast_weight_sgd_(const Tensor& param, const Tensor& grad, const Tensor& seg
   step.segments = segments_of(segments);
   step.lr = lr;
   step.max_norm = max_norm;
-  step.clip = clip == "tensor" ? Clip::kTensor : clip == "global" ? Clip::kGlobal : Clip::kNone;
+  step.clip = clip_of(clip);
   const bool wide = step.grad.dtype == Dtype::kFloat64;
   check_cuda_tensor(norm, "norm", wide ? ScalarType::Double : ScalarType::Float, rows * step.count);
   check_cuda_tensor(skipped, "skipped", ScalarType::Bool, rows);
@@ -97,6 +101,33 @@ void fast_weight_sgd_(const Tensor& param, const Tensor& grad, const Tensor& seg
   step.scratch = scratch.mutable_data_ptr<double>();
   const char* error = launch_fast_weight_sgd(step, current_stream(param));
   STD_TORCH_CHECK(error == nullptr, "fast_weight_sgd_: ", error);
+}
+
+void fast_weight_sgd_backward(const Tensor& grad_updated, const Tensor& grad,
+                              const Tensor& segments, double lr, double max_norm, std::string clip,
+                              const Tensor& skipped, const Tensor& grad_grad) {
+  const int64_t rows = grad.size(0), columns = grad.size(1);
+  FastWeightSgdBackward step;
+  step.rows = checked_count(rows, "rows");
+  step.columns = columns;
+  step.count = checked_count(segments.numel() - 1, "segments");
+  step.grad_updated = read_only(flat_of(grad_updated, "grad_updated", rows, columns));
+  step.grad = read_only(flat_of(grad, "grad", rows, columns));
+  step.grad_grad = flat_of(grad_grad, "grad_grad", rows, columns);
+  STD_TORCH_CHECK(step.grad_grad.dtype == step.grad.dtype, "grad_grad must have grad's dtype");
+  step.segments = segments_of(segments);
+  step.lr = lr;
+  step.max_norm = max_norm;
+  step.clip = clip_of(clip);
+  check_cuda_tensor(skipped, "skipped", ScalarType::Bool, rows);
+  step.skipped = skipped.const_data_ptr<bool>();
+
+  const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
+  const Tensor scratch = torch::stable::new_empty(
+      grad, {fast_weight_sgd_backward_scratch(step.rows, columns, step.count)}, ScalarType::Double);
+  step.scratch = scratch.mutable_data_ptr<double>();
+  const char* error = launch_fast_weight_sgd_backward(step, current_stream(grad));
+  STD_TORCH_CHECK(error == nullptr, "fast_weight_sgd_backward: ", error);
 }
 
 void fast_weight_reset_(const Tensor& param, const Tensor& segments, const Tensor& bounds,
@@ -121,6 +152,7 @@ void fast_weight_reset_(const Tensor& param, const Tensor& segments, const Tenso
 
 STABLE_TORCH_LIBRARY_IMPL(memdlm_C, CUDA, m) {
   m.impl("fast_weight_sgd_", TORCH_BOX(&fast_weight_sgd_));
+  m.impl("fast_weight_sgd_backward", TORCH_BOX(&fast_weight_sgd_backward));
   m.impl("fast_weight_reset_", TORCH_BOX(&fast_weight_reset_));
 }
 

@@ -23,6 +23,7 @@ struct Flat {
 enum class Clip : int { kTensor, kGlobal, kNone };
 
 struct FastWeightSgd {
+  static constexpr int kSums = 1;  // of a segment: its squares
   Flat<void*> param;
   Flat<const void*> grad;
   Flat<void*> cast;                   // optional: param rounded to another dtype
@@ -37,6 +38,20 @@ struct FastWeightSgd {
   double* scratch = nullptr;  // [fast_weight_sgd_scratch()], uninitialised
 };
 
+struct FastWeightSgdBackward {
+  static constexpr int kSums = 2;  // of a segment: its squares, its products with grad_updated
+  Flat<const void*> grad_updated;
+  Flat<const void*> grad;
+  Flat<void*> grad_grad;              // of grad's dtype
+  const int64_t* segments = nullptr;  // [count + 1]
+  int64_t columns = 0;
+  int rows = 0, count = 0;
+  double lr = 0, max_norm = 0;
+  Clip clip = Clip::kNone;
+  const bool* skipped = nullptr;  // [rows]
+  double* scratch = nullptr;      // [fast_weight_sgd_backward_scratch()], uninitialised
+};
+
 struct FastWeightReset {
   Flat<void*> param;
   Flat<void*> cast;                   // optional
@@ -47,12 +62,14 @@ struct FastWeightReset {
   int rows = 0, count = 0;
 };
 
-// Number of doubles that a step needs as scratch.
+// Number of doubles that a step and its derivative need as scratch.
 int64_t fast_weight_sgd_scratch(int rows, int64_t columns, int count);
+int64_t fast_weight_sgd_backward_scratch(int rows, int64_t columns, int count);
 
-// Both launch on `stream` of the current device and return what CUDA says of it, null if all is
-// well. Neither waits.
+// All launch on `stream` of the current device and return what CUDA says of it, null if all is
+// well. None waits.
 const char* launch_fast_weight_sgd(const FastWeightSgd& step, void* stream);
+const char* launch_fast_weight_sgd_backward(const FastWeightSgdBackward& step, void* stream);
 const char* launch_fast_weight_reset(const FastWeightReset& reset, void* stream);
 
 }  // namespace memdlm

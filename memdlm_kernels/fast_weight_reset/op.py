@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from memdlm_kernels._backends import CPU, CUDA, REFERENCE, choose
-from memdlm_kernels._segments import check_cast, check_flat, check_segments
+from memdlm_kernels._segments import check_cast, check_segments, check_written
 from memdlm_kernels.fast_weight_reset import compiled, reference
 
 _LARGEST_ROW = 4 * 2**32  # elements: four for each value of one 32-bit counter word
@@ -62,7 +62,7 @@ def fast_weight_reset_(
 def _check(
     param: Tensor, segments: Tensor, bounds: Tensor, seed: Tensor, cast: Tensor | None
 ) -> None:
-    check_flat("param", param)
+    check_written("param", param)
     if param.shape[1] > _LARGEST_ROW:
         raise ValueError(f"param must have at most {_LARGEST_ROW} columns, got {param.shape[1]}")
     check_segments(segments, param)

@@ -1,4 +1,7 @@
-"""fast_weight_sgd_ in C++ (csrc/cpu) or CUDA (csrc/cuda): one op, the tensors' device chooses."""
+"""fast_weight_sgd_ and the backward of fast_weight_sgd in C++ (csrc/cpu) or CUDA (csrc/cuda).
+
+Each is one op, for which the tensors' device chooses.
+"""
 
 import torch
 from torch import Tensor
@@ -28,6 +31,23 @@ def fast_weight_sgd_(
     if cast is not None and work_cast is not None and work_cast is not cast:
         cast.copy_(work_cast)
     return norm, skipped
+
+
+def fast_weight_sgd_backward(
+    grad_updated: Tensor,
+    grad: Tensor,
+    segments: Tensor,
+    lr: float,
+    max_norm: float,
+    clip: str,
+    skipped: Tensor,
+) -> Tensor:
+    grad_grad = grad.new_empty(grad.shape)
+    torch.ops.memdlm_C.fast_weight_sgd_backward(
+        *(_adjacent(grad_updated), _adjacent(grad), segments.contiguous(), lr, max_norm, clip),
+        *(skipped, grad_grad),
+    )
+    return grad_grad
 
 
 def _adjacent(flat: Tensor) -> Tensor:

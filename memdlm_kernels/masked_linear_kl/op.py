@@ -32,7 +32,7 @@ def masked_linear_kl(
     chunk_bytes: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """KL divergence of two hidden states through one frozen language-model head.
+    """KL divergence of two hidden states through one language-model head.
 
     Replaces `F.kl_div(((student @ weight.mT).float() / temperature).log_softmax(-1), ((teacher @
     weight.mT).float() / temperature).log_softmax(-1), reduction="none", log_target=True).sum(-1)`,
@@ -43,8 +43,9 @@ def masked_linear_kl(
     Args:
         student: [M, D]; float32, bfloat16, float16 or float64.
         teacher: [M, D], student's dtype; a constant: it gets no gradient.
-        weight: [V, D], student's dtype; the head. It may not require grad.
-        bias: [V], student's dtype. It may not require grad.
+        weight: [V, D], student's dtype; the head. It may require grad with backend="reference"
+            only, which then differentiates the student's logits in it.
+        bias: [V], student's dtype, as weight.
         direction: "forward" for KL(teacher || student), "reverse" for KL(student || teacher).
         temperature: positive; divides the logits, after the softcap.
         token_weight: [K], any floating-point dtype; multiplies the row's divergence.
@@ -66,8 +67,8 @@ def masked_linear_kl(
 
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or value, the head requires grad
-            while grad is enabled, or the backend cannot run. An index out of range is found on the
-            CPU only.
+            while grad is enabled and backend is not "reference", or the backend cannot run. An
+            index out of range is found on the CPU only.
 
     Source: G. Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv 1503.02531; Y.
     Gu et al., "MiniLLM", arXiv 2306.08543, for the reverse direction.
@@ -80,6 +81,8 @@ def masked_linear_kl(
     rows = student.shape[0] if index is None else index.shape[0]
     _check_token_weight(token_weight, rows, student.device)
     check_reduction(student, None, reduction, normalizer)
+    if backend != "reference":
+        _check_constant(weight, bias)
     backend = choose("masked_linear_kl", _ORDER, backend, student.device, student.dtype)
     with torch.autocast(student.device.type, enabled=False):
         if backend == "reference":
@@ -158,11 +161,6 @@ def _check(
             raise ValueError(
                 f"{name} must be on student's device {student.device}, got {tensor.device}"
             )
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                f"{name} must not require grad, the head gets no gradient here: detach it"
-            )
     if index is not None and (index.dtype != torch.int64 or index.dim() != 1):
         raise ValueError(f"index must be [K] torch.int64, got {list(index.shape)} {index.dtype}")
     if direction not in _DIRECTIONS:
@@ -179,6 +177,15 @@ def _check(
         if bad.any():
             raise ValueError(
                 f"index must be in [0, {student.shape[0]}), got {index[bad][0].item()}"
+            )
+
+
+def _check_constant(weight: Tensor, bias: Tensor | None) -> None:
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name} must not require grad, the head gets no gradient here: detach it, or take "
+                "backend='reference'"
             )
 
 

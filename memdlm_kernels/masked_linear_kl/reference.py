@@ -16,7 +16,8 @@ def masked_linear_kl(
 ) -> Tensor:
     """KL [K], in float64 for float64 inputs, else in float32."""
     log_p = _log_softmax(student, weight, bias, index, temperature, softcap)  # [K, V]
-    log_q = _log_softmax(teacher.detach(), weight, bias, index, temperature, softcap)
+    own_bias = None if bias is None else bias.detach()
+    log_q = _log_softmax(teacher.detach(), weight.detach(), own_bias, index, temperature, softcap)
     first, second = (log_q, log_p) if direction == "forward" else (log_p, log_q)
     a, b = first.exp(), second.exp()
     # A word that the bias forbids has probability 0 in both.

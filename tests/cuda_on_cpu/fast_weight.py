@@ -35,6 +35,18 @@ class Sgd(ctypes.Structure):
     )
 
 
+class SgdBackward(ctypes.Structure):
+    _fields_ = (
+        *((name, Flat) for name in ("grad_updated", "grad", "grad_grad")),
+        ("segments", ctypes.c_void_p),
+        ("columns", ctypes.c_int64),
+        *((name, ctypes.c_int) for name in ("rows", "count")),
+        *((name, ctypes.c_double) for name in ("lr", "max_norm")),
+        ("clip", ctypes.c_int),
+        *((name, ctypes.c_void_p) for name in ("skipped", "scratch")),
+    )
+
+
 class Reset(ctypes.Structure):
     _fields_ = (
         *((name, Flat) for name in ("param", "cast", "bounds")),
@@ -60,9 +72,11 @@ def compile_library(folder: Path) -> ctypes.CDLL:
             command += [f"-DMEMDLM_FAST_WEIGHT_CHUNK={CHUNK}", f"-I{HERE}", f"-I{CSRC}"]
             subprocess.run([*command, HERE / "fast_weight.cpp", "-o", library], check=True)
     loaded = ctypes.CDLL(str(library))
-    loaded.scratch.restype = ctypes.c_int64
-    loaded.scratch.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int)
-    loaded.sgd.restype = loaded.reset.restype = ctypes.c_char_p
+    for scratch in (loaded.scratch, loaded.backward_scratch):
+        scratch.restype = ctypes.c_int64
+        scratch.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int)
+    for launch in (loaded.sgd, loaded.sgd_backward, loaded.reset):
+        launch.restype = ctypes.c_char_p
     loaded.run_blocks.argtypes = (ctypes.c_uint64, ctypes.c_uint64)
     loaded.run_blocks.restype = None
     return loaded
@@ -100,6 +114,34 @@ def sgd(
     assert scratch[size:].isnan().all()
     assert ((skipped == 0) | (skipped == 1)).all()
     return norm, skipped.bool()
+
+
+def sgd_backward(
+    library: ctypes.CDLL,
+    grad_updated: Tensor,
+    grad: Tensor,
+    segments: Tensor,
+    lr: float,
+    max_norm: float,
+    clip: str,
+    skipped: Tensor,
+    grad_grad: Tensor,
+) -> None:
+    """The step's derivative, into `grad_grad`."""
+    rows, columns = grad.shape
+    count = segments.numel() - 1
+    size = library.backward_scratch(rows, columns, count)
+    guard = 3
+    scratch = torch.full((size + guard,), torch.nan, dtype=torch.float64)
+    step = SgdBackward(
+        *(flat(tensor) for tensor in (grad_updated, grad, grad_grad)),
+        *(segments.data_ptr(), columns, rows, count),
+        *(lr, max_norm, CLIPS.index(clip), skipped.data_ptr(), scratch.data_ptr()),
+    )
+    before = library.launches()
+    assert library.sgd_backward(ctypes.byref(step)) is None
+    assert library.launches() - before == (2 if rows else 0)
+    assert scratch[size:].isnan().all()
 
 
 def reset(

@@ -9,7 +9,7 @@ import memdlm_kernels
 from memdlm_kernels import _backends, list_backends
 from tests.kernels.devices import HAS_GPU
 
-OPS = set(memdlm_kernels.__all__) - {"build_info", "list_backends"}
+OPS = set(memdlm_kernels.__all__) - {"build_info", "list_backends", "reference_ops"}
 
 
 def test_every_op_tells_its_backends():
@@ -59,3 +59,21 @@ def test_an_op_runs_on_the_device_of_its_tensors(monkeypatch):
     memdlm_kernels.lora_linear(x, torch.randn(3, 5), A, B, 1.0).sum().backward()
     assert len(entered) == 2  # forward and backward
     assert entered[0].data_ptr() == x.data_ptr()
+
+
+def test_references_are_preferred_where_no_backend_is_asked_for():
+    x, A, B = (torch.randn(*shape, dtype=torch.float64) for shape in ((3, 4), (2, 4), (5, 2)))
+    base = torch.zeros(3, 5, dtype=torch.float64)
+    leaf = A.requires_grad_()
+
+    def curvature(backend=None):
+        out = memdlm_kernels.lora_linear(x, base, leaf, B, 0.5, backend=backend)
+        (grad,) = torch.autograd.grad(out.square().sum(), leaf, create_graph=True)
+        return grad.requires_grad and torch.autograd.grad(grad.sum(), leaf)[0]
+
+    with memdlm_kernels.reference_ops():
+        assert torch.equal(curvature(), curvature("reference"))
+        with pytest.raises(RuntimeError):
+            curvature("cpu")  # what is asked for runs
+    with pytest.raises(RuntimeError):
+        curvature()

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 import torch
 
-from memdlm_kernels import fast_weight_reset_, fast_weight_sgd_
+from memdlm_kernels import fast_weight_reset_, fast_weight_sgd, fast_weight_sgd_
 from memdlm_kernels.fast_weight_reset.reference import philox_4x32_10
 from tests.cuda_on_cpu import fast_weight
 from tests.cuda_on_cpu.fast_weight import CHUNK, CLIPS, CSRC, DTYPES
@@ -202,6 +202,97 @@ def test_sgd_huge_gradients(library, dtype, clip):
     assert skipped.tolist() == [False, True, False]
     torch.testing.assert_close(norm, expected_norm, rtol=1e-6, atol=0)
     torch.testing.assert_close(param, expected)
+
+
+def check_derivative(library, above, grad, segments, clip, loss=None, out=None):
+    """The kernels' gradient of grad against the reference's; `above` is that of the new weights."""
+    args = (segments, LR, MAX_NORM, clip, loss)
+
+    def slope(above, grad):
+        leaf = grad.detach().requires_grad_()
+        updated, _, skipped = fast_weight_sgd(
+            torch.zeros_like(above), leaf, *args, backend="reference"
+        )
+        return torch.autograd.grad(updated, leaf, above)[0], skipped
+
+    expected, skipped = slope(above, grad)
+    truth, _ = slope(above.double(), grad.double())
+    out = torch.full(grad.shape, math.nan, dtype=grad.dtype) if out is None else out
+    fast_weight.sgd_backward(library, above, grad, segments, LR, MAX_NORM, clip, skipped, out)
+    assert not out[skipped].any()
+    if grad.dtype == torch.float64:
+        torch.testing.assert_close(out, truth, rtol=1e-12, atol=1e-14)
+    else:
+        assert_as_accurate("grad_grad", out, truth, expected)
+    return out
+
+
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+def test_derivative_tables(library, table):
+    check_derivative(library, *inputs(table), "tensor")
+    check_derivative(library, *inputs(table, rows=1), "global")
+
+
+@pytest.mark.parametrize("grad_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_derivative_dtypes(library, dtype, grad_dtype):
+    above, grad, segments = inputs(TABLES["mixed"], dtype=dtype, grad_dtype=grad_dtype)
+    check_derivative(library, above, grad, segments, "tensor", torch.tensor([1.0, math.nan, 2.0]))
+
+
+@pytest.mark.parametrize(("offset", "gap"), [(0, 16), (0, 1), (1, 2), (3, 0), (8, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_derivative_rows_apart_and_unaligned(library, dtype, offset, gap):
+    table = TABLES["beside the chunks' ends"]
+    for grad_offset in (offset, 0):
+        above, _, segments = inputs(table, dtype=dtype, offset=offset, gap=gap)
+        _, grad, _ = inputs(table, dtype=dtype, offset=grad_offset, gap=gap)
+        for shift in (offset, offset + 1):
+            wide = torch.full((3, shift + table[-1] + gap), math.nan, dtype=dtype)
+            out = wide[:, shift : shift + table[-1]]
+            check_derivative(library, above, grad, segments, "tensor", out=out)
+            assert wide[:, :shift].isnan().all()
+            assert wide[:, shift + table[-1] :].isnan().all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("clip", CLIPS)
+def test_derivative_bad_gradient_or_loss(library, clip, bad):
+    above, grad, segments = inputs(TABLES["mixed"], rows=4)
+    grad[1, 6] = bad
+    above[2, 4] = math.nan
+    out = check_derivative(library, above, grad, segments, clip, torch.tensor([0.5, 1.0, bad, 2.0]))
+    grad[3] = 0
+    above = torch.randn_like(grad)
+    out = check_derivative(library, above, grad, segments, clip)
+    torch.testing.assert_close(out[3], -LR * above[3])
+
+
+def derivative(library, above, grad, segments, clip, max_norm=MAX_NORM):
+    """Where no row is skipped."""
+    out, skipped = torch.full_like(grad, math.nan), torch.zeros(len(grad), dtype=torch.bool)
+    fast_weight.sgd_backward(library, above, grad, segments, LR, max_norm, clip, skipped, out)
+    return out
+
+
+@pytest.mark.parametrize("clip", ["tensor", "global"])
+def test_derivative_has_no_part_along_what_is_clipped(library, clip):
+    _, grad, segments = inputs(TABLES["one to many chunks"])
+    assert derivative(library, grad, grad, segments, clip).abs().max() < 1e-12
+
+
+def test_derivative_clips_what_the_step_clipped(library):
+    """It sums the squares again, to the last bit as the step does."""
+    _, grad, segments = inputs(TABLES["one to many chunks"], rows=1, grad_dtype=torch.float64)
+    zeros = torch.zeros_like(grad)
+    norm, _ = fast_weight.sgd(library, zeros, grad, segments, LR, MAX_NORM, "tensor")
+    below = math.nextafter(norm.item(), 0)
+    for dtype in DTYPES:
+        above = grad.to(dtype)
+        kept = derivative(library, above, grad, segments, "tensor", norm.item())
+        torch.testing.assert_close(kept, -LR * above.double(), rtol=1e-15, atol=0)
+        clipped = derivative(library, above, grad, segments, "tensor", below)
+        assert clipped.norm() < 1e-2 * kept.norm()
 
 
 def drawn(library, table, bounds, dtype, *, cast_dtype=None, offset=0, gap=0):

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from memdlm_kernels import fast_weight_sgd_
-from memdlm_kernels.fast_weight_sgd import reference
+from memdlm_kernels import fast_weight_sgd, fast_weight_sgd_
+from memdlm_kernels.fast_weight_sgd import compiled
 from tests.kernels.devices import backends
 from tests.kernels.truth import assert_as_accurate
 
@@ -228,29 +228,235 @@ def test_same_bits_whatever_the_threads():
 
 
 @pytest.mark.parametrize("clip", CLIPS)
-def test_reference_gradcheck(clip):
-    """The reference as a function is what the exact meta-gradient differentiates through."""
-    torch.manual_seed(0)
-    segments = torch.tensor([0, 2, 2, 5, 7])
-    param = torch.randn(2, 7, dtype=torch.float64, requires_grad=True)
-    grad = torch.randn(2, 7, dtype=torch.float64)
-    grad[:, :2] *= 0.1  # not clipped
-    grad.requires_grad_()
+@pytest.mark.parametrize("grad_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_function_is_the_step_bit_for_bit(backend, device, dtype, grad_dtype, clip):
+    param, grad = inputs(dtype=dtype, grad_dtype=grad_dtype, device=device)
+    loss = torch.tensor([1.0, math.nan, 2.0], device=device)
+    before, grad_before, stepped = param.clone(), grad.clone(), param.clone()
+    args = (SEGMENTS.to(device), LR, MAX_NORM, clip, loss)
+    updated, norm, skipped = fast_weight_sgd(param, grad, *args, backend=backend)
+    expected_norm, expected_skipped = fast_weight_sgd_(stepped, grad, *args, backend=backend)
+    assert updated.dtype == dtype
+    assert torch.equal(updated, stepped)
+    assert torch.equal(norm, expected_norm)
+    assert torch.equal(skipped, expected_skipped)
+    assert torch.equal(param, before)
+    assert torch.equal(grad, grad_before)
 
-    def function(param, grad):
-        return reference.fast_weight_sgd(param, grad, segments, LR, 1.5, clip, None)[:2]
 
-    assert torch.autograd.gradcheck(function, (param, grad))
-    assert torch.autograd.gradgradcheck(function, (param, grad))
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_function_takes_one_set_for_all_rows(backend, device):
+    """Which nothing could write in place."""
+    param, grad = inputs(device=device)
+    wide = param[:1].expand_as(param)
+    args = (SEGMENTS.to(device), LR, MAX_NORM)
+    updated, _, _ = fast_weight_sgd(wide, grad, *args, backend=backend)
+    expected, _, _ = fast_weight_sgd(wide.contiguous(), grad, *args, backend=backend)
+    assert torch.equal(updated, expected)
+
+
+def slopes(param, grad, grad_updated, *args, backend):
+    """The gradients of param and grad."""
+    leaves = param.detach().requires_grad_(), grad.detach().requires_grad_()
+    updated, _, _ = fast_weight_sgd(*leaves, *args, backend=backend)
+    return torch.autograd.grad(updated, leaves, grad_updated)
+
+
+def assert_slopes(param, grad, grad_updated, *args, backend):
+    """Against the reference's in float64; returns grad's."""
+    grad_before = grad.clone()
+    grad_param, actual = slopes(param, grad, grad_updated, *args, backend=backend)
+    _, expected = slopes(param, grad, grad_updated, *args, backend="reference")
+    wide = param.double(), grad.double(), grad_updated.double()
+    _, truth = slopes(*wide, *args, backend="reference")
+    assert torch.equal(grad, grad_before)
+    assert torch.equal(grad_param, grad_updated)
+    assert actual.dtype == grad.dtype
+    if grad.dtype == torch.float64:
+        torch.testing.assert_close(actual, truth, rtol=1e-12, atol=1e-14)
+    else:
+        assert_as_accurate("grad_grad", actual, truth, expected)
+    return actual
 
 
 @pytest.mark.parametrize("clip", CLIPS)
-def test_reference_derivative_at_zero_gradient(clip):
-    segments = torch.tensor([0, 2, 4])
-    param, grad = torch.zeros(1, 4), torch.zeros(1, 4, requires_grad=True)
-    updated, _, _ = reference.fast_weight_sgd(param, grad, segments, LR, 1.0, clip, None)
-    (slope,) = torch.autograd.grad(updated.sum(), grad)
-    torch.testing.assert_close(slope, torch.full((1, 4), -LR))
+@pytest.mark.parametrize("grad_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("backend", "device"), backends("cpu", "cuda"))
+def test_derivative_matches_truth(backend, device, dtype, grad_dtype, clip):
+    param, grad = inputs(dtype=dtype, grad_dtype=grad_dtype, device=device)
+    grad[2] = 0  # neither is any norm of this row above the bound
+    args = (SEGMENTS.to(device), LR, MAX_NORM, clip)
+    assert_slopes(param, grad, torch.randn_like(param), *args, backend=backend)
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_derivative_of_what_is_clipped_has_no_part_along_the_gradient(backend, device, clip):
+    """Not even the rounding of a norm."""
+    param, grad = inputs(device=device)
+    args = (SEGMENTS.to(device), LR, 5e-3, clip)
+    _, slope = slopes(param, grad, grad, *args, backend=backend)
+    # The first segment of five columns is not clipped on its own.
+    first = {"tensor": 5, "global": 0, "none": slope.shape[1]}[clip]
+    torch.testing.assert_close(slope[:, :first], -LR * grad[:, :first])
+    assert (slope[:, first:].abs() < 1e-12).all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_derivative_of_a_skipped_row_is_zero(backend, device, clip, bad):
+    param, grad = inputs(5, device=device)
+    grad[1, 6] = bad
+    grad[4] = bad
+    loss = torch.tensor([0.5, 1.0, bad, 2.0, 3.0], device=device)
+    above = torch.randn_like(param)
+    above[2, 7] = math.nan
+    args = (SEGMENTS.to(device), LR, MAX_NORM, clip)
+    grad_param, slope = slopes(param, grad, above, *args, loss, backend=backend)
+    assert torch.equal(grad_param.nan_to_num(7.0), above.nan_to_num(7.0))
+    assert not slope[[1, 2, 4]].any()
+    good = [0, 3]
+    _, alone = slopes(param[good], grad[good], above[good], *args, backend=backend)
+    assert torch.equal(slope[good], alone)
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("max_norm", [MAX_NORM, math.inf])
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_derivative_at_zero_gradient_or_without_bound(backend, device, clip, max_norm):
+    param, grad = inputs(device=device)
+    grad *= max_norm == math.inf
+    above = torch.randn_like(param)
+    args = (SEGMENTS.to(device), LR, max_norm, clip)
+    _, slope = slopes(param, grad, above, *args, backend=backend)
+    torch.testing.assert_close(slope, -LR * above)
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_gradient_as_long_as_the_bound_is_not_clipped(backend, device):
+    segments = torch.tensor([0, 2, 4], device=device)
+    grad = torch.tensor([[3.0, 4.0, 3.0, 4.0 + 1e-5]], device=device)
+    above = torch.ones_like(grad)
+    _, slope = slopes(torch.zeros_like(grad), grad, above, segments, LR, 5.0, backend=backend)
+    torch.testing.assert_close(slope[0, :2].cpu(), torch.tensor([-LR, -LR]))
+    across = torch.tensor([1.0, 1.0]) - torch.tensor([3.0, 4.0]) * 7 / 25
+    torch.testing.assert_close(slope[0, 2:].cpu(), -LR * across, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_derivative_clips_what_the_step_clipped(backend, device):
+    """Backward sums the squares again, to the last bit as forward does."""
+    param, grad = inputs(1, torch.tensor([0, 50_007]), dtype=torch.float64, device=device)
+    segments = torch.tensor([0, 50_007], device=device)
+    _, norm, _ = fast_weight_sgd(param, grad, segments, LR, MAX_NORM, backend=backend)
+    below = math.nextafter(norm.item(), 0)
+    _, kept = slopes(param, grad, grad, segments, LR, norm.item(), backend=backend)
+    _, clipped = slopes(param, grad, grad, segments, LR, below, backend=backend)
+    torch.testing.assert_close(kept, -LR * grad, rtol=1e-15, atol=0)
+    assert (clipped.abs() < 1e-12).all()
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_derivative_of_huge_and_tiny_gradients(backend, device):
+    segments = torch.tensor([0, 4, 8], device=device)
+    grad = torch.tensor([[1e30, -1e30, 1e30, 1e30, 1e-30, 1e-30, -1e-30, 1e-30]], device=device)
+    above = torch.arange(8.0, device=device)[None]
+    args = (segments, 1e30, 1e-35)
+    assert assert_slopes(torch.zeros_like(grad), grad, above, *args, backend=backend).any()
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+@pytest.mark.parametrize(("sets", "segments"), [(0, [0, 3]), (2, [0]), (2, [0, 0, 0]), (1, [0, 1])])
+def test_derivative_of_small_shapes(backend, device, sets, segments):
+    segments = torch.tensor(segments, device=device)
+    param, grad = inputs(sets, segments, device=device)
+    above = torch.ones_like(param)
+    _, slope = slopes(param, grad, above, segments, LR, 1e9, backend=backend)
+    torch.testing.assert_close(slope, -LR * above)
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_derivative_with_strides(backend, device):
+    """Columns apart, transposed, expanded: a sum's gradient has no stride at all."""
+    segments = torch.tensor([0, 3, 7], device=device)
+    param = torch.randn(3, 7, device=device)
+    tall, broad = torch.randn(7, 3, device=device), torch.randn(3, 14, device=device)
+    one = torch.ones((), device=device)
+    for grad in (tall.T, broad[:, ::2], broad[:, 3:10], tall[:, 0].expand(3, 7)):
+        for above in (one.expand(3, 7), tall.T, broad[:, 1:8], param[:1].expand(3, 7)):
+            args = (segments, LR, MAX_NORM)
+            _, actual = slopes(param, grad, above, *args, backend=backend)
+            plain = grad.contiguous(), above.contiguous()
+            _, expected = slopes(param, *plain, *args, backend="reference")
+            torch.testing.assert_close(actual, expected)
+
+
+def test_same_derivative_whatever_the_threads():
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            param, grad = inputs()
+            args = (SEGMENTS, LR, MAX_NORM)
+            results.append(slopes(param, grad, param, *args, backend="cpu")[1])
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[1], results[0])
+    assert torch.equal(results[2], results[0])
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_gradcheck(backend, device, clip):
+    torch.manual_seed(0)
+    segments = torch.tensor([0, 2, 2, 5, 7], device=device)
+    param = torch.randn(3, 7, dtype=torch.float64, device=device, requires_grad=True)
+    grad = torch.randn(3, 7, dtype=torch.float64, device=device)
+    grad[:, :2] *= 0.1  # not clipped
+    grad.requires_grad_()
+    loss = torch.tensor([1.0, math.nan, 2.0], device=device)
+
+    def function(param, grad):
+        args = (segments, LR, 1.5, clip, loss)
+        return fast_weight_sgd(param, grad, *args, backend=backend)[0]
+
+    assert torch.autograd.gradcheck(function, (param, grad))
+    if backend == "reference":
+        assert torch.autograd.gradgradcheck(function, (param, grad))
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_norm_and_skipped_are_constants(backend, device):
+    param, grad = inputs(device=device)
+    leaves = param.requires_grad_(), grad.requires_grad_()
+    updated, *others = fast_weight_sgd(*leaves, SEGMENTS.to(device), LR, MAX_NORM, backend=backend)
+    assert updated.requires_grad
+    assert not any(other.requires_grad for other in others)
+
+
+@pytest.mark.parametrize(("backend", "device"), backends("cpu", "cuda"))
+def test_second_derivative_says_that_there_is_none(backend, device):
+    param, grad = inputs(device=device)
+    grad.requires_grad_()
+    updated, _, _ = fast_weight_sgd(param, grad, SEGMENTS.to(device), LR, MAX_NORM, backend=backend)
+    (slope,) = torch.autograd.grad(updated.square().sum(), grad, create_graph=True)
+    with pytest.raises(RuntimeError, match="fast_weight_sgd_backward"):
+        slope.sum().backward()
+
+
+@pytest.mark.parametrize(("backend", "device"), backends("cpu", "cuda"))
+def test_only_what_requires_grad_has_a_backward_pass(backend, device, monkeypatch):
+    param, grad = inputs(device=device)
+    monkeypatch.delattr(compiled, "fast_weight_sgd_backward")
+    args = (SEGMENTS.to(device), LR, MAX_NORM)
+    updated, _, _ = fast_weight_sgd(param.requires_grad_(), grad, *args, backend=backend)
+    (slope,) = torch.autograd.grad(updated.sum(), param)
+    assert (slope == 1).all()
 
 
 @pytest.mark.parametrize("optional", [False, True])
@@ -261,6 +467,20 @@ def test_opcheck(backend, device, optional):
     cast = param.float() if optional else None
     args = (param, grad, SEGMENTS.to(device), LR, MAX_NORM, "tensor", loss, cast, backend)
     opcheck(torch.ops.memdlm.fast_weight_sgd_.default, args)
+
+
+@pytest.mark.parametrize("optional", [False, True])
+@pytest.mark.parametrize(("backend", "device"), backends("cpu", "cuda"))
+def test_opcheck_of_the_function(backend, device, optional):
+    param, grad = inputs(dtype=torch.bfloat16, grad_dtype=torch.float32, device=device)
+    loss = torch.tensor([1.0, math.nan, 2.0], device=device) if optional else None
+    leaves = param.requires_grad_(), grad.requires_grad_()
+    args = (SEGMENTS.to(device), LR, MAX_NORM, "tensor")
+    opcheck(torch.ops.memdlm.fast_weight_sgd.default, (*leaves, *args, loss, backend))
+    skipped = torch.tensor([False, True, False], device=device)
+    above = torch.randn_like(param).detach()
+    args = (above, grad.detach(), *args, skipped, backend)
+    opcheck(torch.ops.memdlm.fast_weight_sgd_backward.default, args)
 
 
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
@@ -284,6 +504,25 @@ def test_compiles_whole(backend, device):
         torch.testing.assert_close(actual, expected)
         torch.testing.assert_close(param, eager)
         assert torch.equal(cast, eager_cast)
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_function_compiles_whole(backend, device):
+    segments = SEGMENTS.to(device)
+
+    def function(param, grad, loss):
+        args = (segments, LR, MAX_NORM, "tensor", loss)
+        updated, norm, skipped = fast_weight_sgd(param, grad, *args, backend=backend)
+        return updated.square().sum(), norm, skipped
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    loss = torch.tensor([1.0, math.nan, 2.0], device=device)
+    leaves = [tensor.requires_grad_() for tensor in inputs(device=device)]
+    expected, actual = function(*leaves, loss), compiled(*leaves, loss)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(actual[0], leaves), torch.autograd.grad(expected[0], leaves)
+    )
 
 
 BAD = {
@@ -310,15 +549,28 @@ BAD = {
 }
 
 
+IN_PLACE_ALONE = {message for message in BAD if "cast" in BAD[message] or "in place" in message}
+
+
+@pytest.mark.parametrize("message", sorted(BAD.keys() - IN_PLACE_ALONE))
+def test_bad_input_of_the_function(message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        fast_weight_sgd(**{**good_input(), **BAD[message]})
+
+
 @pytest.mark.parametrize("message", BAD)
 def test_bad_input(message):
-    good = dict(
+    good = good_input()
+    with pytest.raises(ValueError, match=re.escape(message)):
+        fast_weight_sgd_(**{**good, **BAD[message]})
+    assert not good["param"].any()
+
+
+def good_input():
+    return dict(
         param=torch.zeros(2, 9),
         grad=torch.ones(2, 9),
         segments=torch.tensor([0, 4, 9]),
         lr=0.1,
         max_norm=1.0,
     )
-    with pytest.raises(ValueError, match=re.escape(message)):
-        fast_weight_sgd_(**{**good, **BAD[message]})
-    assert not good["param"].any()

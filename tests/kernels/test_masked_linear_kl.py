@@ -311,6 +311,37 @@ def test_autocast():
     assert torch.equal(actual, masked_linear_kl(**rounded, backend="reference"))
 
 
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_the_reference_differentiates_the_students_head_twice(direction):
+    torch.manual_seed(0)
+    student, teacher, weight, bias = (
+        torch.randn(*shape, dtype=torch.float64) for shape in ((4, 3), (4, 3), (6, 3), (6,))
+    )
+    leaves = tuple(part.requires_grad_() for part in (student, weight, bias))
+    constant = (teacher @ weight.mT + bias).detach().log_softmax(-1)
+
+    def written_plainly(student, weight, bias):
+        own = (student @ weight.mT + bias).log_softmax(-1)
+        first, second = (constant, own) if direction == "forward" else (own, constant)
+        return (first.exp() * (first - second)).sum(-1)
+
+    kl = masked_linear_kl(
+        student, teacher, weight, bias=bias, direction=direction, backend="reference"
+    )
+    assert torch.allclose(kl, written_plainly(*leaves), rtol=1e-12)
+    truth = torch.autograd.grad(written_plainly(*leaves).sum(), leaves, create_graph=True)
+    actual = torch.autograd.grad(kl.sum(), leaves, create_graph=True)
+    for one, other in zip(actual, truth, strict=True):
+        assert torch.allclose(one, other, rtol=1e-10, atol=1e-12)
+    ways = [torch.randn_like(leaf) for leaf in leaves]
+    second = [
+        torch.autograd.grad([(g * w).sum() for g, w in zip(own, ways, strict=True)], leaves)
+        for own in (actual, truth)
+    ]
+    for one, other in zip(*second, strict=True):
+        assert torch.allclose(one, other, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
