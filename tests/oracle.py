@@ -9,12 +9,13 @@ A set of masked positions is a list, one entry for each sequence, of lists of po
 
 import math
 import re
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 FFN = ("gate_proj", "up_proj", "down_proj")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -110,6 +111,21 @@ def inner_targets(memory, states, anchor, step):
     return [[i for i in masked if i not in still] for masked, still in pairs]
 
 
+def teacher_state(memory, states, anchor, step):
+    """The state that inner step `step` learns from: the next one, or the clean tokens."""
+    if memory.strategy == "pre_anchor_only":
+        return anchor
+    if memory.strategy == "anchor_only" or step + 1 == len(states):
+        return [[] for _ in anchor]
+    return states[step + 1]
+
+
+def visits_anchor(memory, step):
+    """Whether inner step `step` is on the anchor itself, not only on a state like it."""
+    last = step == memory.inner_steps - 1
+    return memory.strategy == "anchor_only" or (memory.strategy == "anchor_consistent" and last)
+
+
 def adapted_modules(model, memory):
     """Names of the linear layers that get fast weights, in the order of the model."""
     kinds = FFN + (ATTENTION if memory.target == "ffn+attention" else ())
@@ -169,24 +185,138 @@ def adapted(model, fast_weights, scale):
             handle.remove()
 
 
-def token_nll(model, input_ids, attention_mask, masked, mask_id):
-    """[B, L] -log p(x0_i | state), where `state` is `input_ids` with `masked` replaced."""
+def detached(output):
+    """A module's output, a tensor or a tuple that may hold None, without its graph."""
+    if isinstance(output, tuple):
+        return tuple(map(detached, output))
+    return output if output is None else output.detach()
+
+
+@contextmanager
+def constant_below(model, memory):
+    """Inside this context no gradient passes from the first adapted modules to what runs before.
+
+    What runs before is the layers below; and where FFNs alone are adapted, that layer's attention,
+    the norm behind it and the router.
+    """
+    first = adapted_modules(model, memory)[0]
+    layer = model.get_submodule(re.search(r"^.*\blayers\.\d+", first)[0])
+    handles = [layer.register_forward_pre_hook(lambda module, args: (args[0].detach(), *args[1:]))]
+    if memory.target == "ffn":
+        before = [layer.self_attn, layer.post_attention_layernorm]
+        before += [layer.mlp.gate] if hasattr(layer.mlp, "gate") else []
+        handles += [
+            module.register_forward_hook(lambda module, args, output: detached(output))
+            for module in before
+        ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def attention_bias(attention_mask, length, block_size, device, dtype):
+    """What is added to the scores [B or 1, 1, N, N]: 0 where a token is seen, else the least value.
+
+    N is the length: every token sees every real token of its sequence. With blocks it is twice as
+    much, the noisy tokens before the clean ones: a noisy token sees the noisy ones of its block and
+    the clean ones of the blocks before, a clean token the clean ones of the blocks up to its own.
+
+    Returns:
+        The bias; None where every token sees every other.
+    """
+    visible = None
+    if attention_mask is not None and not attention_mask.all():
+        visible = attention_mask.bool()
+    if block_size is None:
+        if visible is None:
+            return None
+        seen = visible[:, None, None, :].expand(-1, 1, length, -1)
+    else:
+        place = torch.arange(2 * length, device=device)
+        block, clean = place % length // block_size, place >= length
+        own, key = block[:, None], block[None, :]
+        of_clean = torch.where(clean[:, None], key <= own, key < own)
+        of_noisy = ~clean[:, None] & (key == own)
+        seen = torch.where(clean[None, :], of_clean, of_noisy)[None, None]
+        if visible is not None:
+            seen = seen & visible.repeat(1, 2)[:, None, None, :]
+    bias = torch.zeros(seen.shape, dtype=dtype, device=device)
+    return bias.masked_fill(~seen, torch.finfo(dtype).min)
+
+
+def read(model, input_ids, attention_mask, masked, mask_id, block_size=None):
+    """The head's input [B, L, D] and the logits [B, L, V] of each token in a state.
+
+    The state is `input_ids` with `masked` replaced.
+    """
     state = input_ids.clone()
     for row, positions in enumerate(masked):
         state[row, positions] = mask_id
-    bias = None
-    if attention_mask is not None and not attention_mask.all():
-        # [B, 1, L, L]: every token sees every real token of its sequence.
-        visible = attention_mask.bool()[:, None, None, :].expand(-1, 1, state.shape[1], -1)
-        bias = torch.zeros(visible.shape, dtype=model.dtype, device=state.device)
-        bias = bias.masked_fill(~visible, torch.finfo(model.dtype).min)
-    output = model(input_ids=state, attention_mask=bias, is_causal=False, use_cache=False)
-    logits = output.logits  # [B, L, V]
+    length = state.shape[1]
+    bias = attention_bias(attention_mask, length, block_size, state.device, model.dtype)
+    options = {"attention_mask": bias}
+    if block_size is not None:
+        state = torch.cat((state, input_ids), dim=1)
+        options["position_ids"] = torch.arange(length, device=state.device).repeat(2)[None]
+    inputs = []
+    handle = model.lm_head.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    try:
+        logits = model(input_ids=state, is_causal=False, use_cache=False, **options).logits
+    finally:
+        handle.remove()
+    read_out = (inputs[0][:, :length], logits[:, :length])
     if getattr(model.config, "right_shift_logits", False):
         # Those of a position are the next token's; the first token has none but its own.
-        logits = torch.cat((logits[:, :1], logits[:, :-1]), dim=1)
+        return tuple(torch.cat((part[:, :1], part[:, :-1]), dim=1) for part in read_out)
+    return read_out
+
+
+def nll_of(logits, input_ids):
+    """[B, L] -log p(x0_i)."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits.transpose(1, 2), input_ids, reduction="none")
+
+
+def token_nll(model, input_ids, attention_mask, masked, mask_id, block_size=None):
+    """[B, L] -log p(x0_i | state), where `state` is `input_ids` with `masked` replaced."""
+    _, logits = read(model, input_ids, attention_mask, masked, mask_id, block_size)
+    return nll_of(logits, input_ids)
+
+
+def kl(p_logits, q_logits):
+    """[B, L] sum_v p log(p / q)."""
+    log_p, log_q = p_logits.log_softmax(-1), q_logits.log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def distillation(memory, student, teacher):
+    """[B, L] how far what the head reads and gives for a token is from a teacher's."""
+    (hidden, logits), (wanted_hidden, wanted_logits) = student, teacher
+    if memory.inner_loss == "hidden_mse":
+        return (hidden - wanted_hidden).square().mean(-1)
+    if memory.inner_loss == "hidden_cosine":
+        lengths = hidden.norm(dim=-1) * wanted_hidden.norm(dim=-1)
+        return 1 - (hidden * wanted_hidden).sum(-1) / lengths
+    logits, wanted_logits = (part / memory.inner_temperature for part in (logits, wanted_logits))
+    if memory.inner_loss == "kl":
+        return kl(wanted_logits, logits)
+    return kl(logits, wanted_logits)
+
+
+def inner_token_loss(
+    model, input_ids, attention_mask, states, anchor, step, mask_id, memory, block_size
+):
+    """[B, L] the inner loss of each token of the state of inner step `step`."""
+    inputs = (model, input_ids, attention_mask)
+    student = read(*inputs, states[step], mask_id, block_size)
+    if memory.inner_loss == "cross_entropy":
+        return nll_of(student[1], input_ids)
+    with torch.no_grad():
+        wanted = teacher_state(memory, states, anchor, step)
+        teacher = read(*inputs, wanted, mask_id, block_size)
+    return distillation(memory, student, teacher)
 
 
 def weighted_sum(nll, positions, row_weights):
@@ -220,27 +350,37 @@ def clipped(gradients, norms, memory):
     if memory.inner_clip == "none":
         return gradients
     if memory.inner_clip == "global":
-        norms = [math.sqrt(sum(norm**2 for norm in norms))] * len(norms)
+        norms = [sum(norm**2 for norm in norms) ** 0.5] * len(norms)
     limit = memory.inner_max_norm
     factors = [limit / norm if norm > limit else 1.0 for norm in norms]
     return [gradient * factor for gradient, factor in zip(gradients, factors, strict=True)]
 
 
 def sgd_step(loss, fast_weights, memory):
-    """One update. Returns the new fast weights, the gradient norms, and whether it was skipped."""
+    """One update. Returns the new fast weights, the gradient norms, and whether it was skipped.
+
+    First order the new fast weights are leaves; else they are functions of all that made them.
+    """
+    first_order = memory.meta_gradient == "first_order"
     tensors = [tensor for pair in fast_weights.values() for tensor in pair]
-    gradients = torch.autograd.grad(loss, tensors)
-    norms = [gradient.double().norm().item() for gradient in gradients]
+    gradients = torch.autograd.grad(loss, tensors, create_graph=not first_order)
+    own_norms = [gradient.double().norm() for gradient in gradients]
+    norms = [norm.item() for norm in own_norms]
     if not math.isfinite(loss.item()) or not all(math.isfinite(norm) for norm in norms):
         return fast_weights, norms, True
-    steps = iter(clipped(gradients, norms, memory))
-    updated = {
-        name: tuple(
-            (tensor.detach() - memory.inner_lr * next(steps)).requires_grad_() for tensor in pair
-        )
-        for name, pair in fast_weights.items()
-    }
-    return updated, norms, False
+    steps = iter(clipped(gradients, norms if first_order else own_norms, memory))
+
+    def moved(tensor):
+        new = tensor - memory.inner_lr * next(steps)
+        return new.detach().requires_grad_() if first_order else new
+
+    return {name: tuple(map(moved, pair)) for name, pair in fast_weights.items()}, norms, False
+
+
+def attention(memory):
+    """What the forward passes run in: torch's other attentions have no second derivative."""
+    first_order = memory is None or memory.meta_gradient == "first_order"
+    return nullcontext() if first_order else sdpa_kernel(SDPBackend.MATH)
 
 
 def training_step(
@@ -266,7 +406,8 @@ def training_step(
         attention_mask: [B, L], 0 on padding, or None.
         time: [B], t_b in (0, 1].
         priority: [B, L], u in [0, 1).
-        diffusion: an object with the attributes of `DiffusionConfig`.
+        diffusion: an object with the attributes of `DiffusionConfig`; `block_size` also of a model
+            that takes `position_ids`.
         mask_id: the mask token.
         memory: an object with the attributes of `MemoryConfig`.
         fast_weights: one dict for the batch, or with scope "sample" one for each sequence: module
@@ -319,9 +460,13 @@ def training_step(
                     inner_weights(memory, diffusion, group_time, states[k], maskable),
                     [len(positions) for positions in targets],
                 )
-                with adapted(model, fast, scale):
-                    nll = token_nll(model, ids, real, states[k], mask_id)
-                loss = weighted_sum(nll, targets, weights) / divisor
+                constant = memory.meta_gradient == "exact_suffix" and not visits_anchor(memory, k)
+                below = constant_below(model, memory) if constant else nullcontext()
+                with attention(memory), adapted(model, fast, scale), below:
+                    per_token = inner_token_loss(
+                        model, ids, real, states, anchor, k, mask_id, memory, diffusion.block_size
+                    )
+                loss = weighted_sum(per_token, targets, weights) / divisor
                 fast, step_norms, step_skipped = sgd_step(loss, fast, memory)
                 losses.append(loss.item())
                 norms.append(step_norms)
@@ -330,10 +475,11 @@ def training_step(
             step.inner_norms.append(norms)
             step.skipped.append(skipped)
 
-        # First order: the outer loss sees the adapted fast weights as constants.
         constant = {name: tuple(t.detach() for t in pair) for name, pair in fast.items()}
-        with adapted(model, constant, scale):
-            nll = token_nll(model, ids, real, anchor, mask_id)
+        # First order: the outer loss sees the adapted fast weights as constants.
+        first_order = memory is None or memory.meta_gradient == "first_order"
+        with attention(memory), adapted(model, constant if first_order else fast, scale):
+            nll = token_nll(model, ids, real, anchor, mask_id, diffusion.block_size)
             weights = [outer_weights[b] for b in group]
             loss = weighted_sum(nll, anchor, weights) / (normalizer or own_normalizer)
             loss.backward()

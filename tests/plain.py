@@ -160,17 +160,21 @@ class Norm(nn.Module):
         return self.weight * y.to(x.dtype)
 
 
-def turn(heads, family):
-    """Rotate element j of a head against j + rotary_dim / 2, by position * theta^(-2j / dim)."""
+def turn(heads, family, position=None):
+    """Rotate element j of a head against j + rotary_dim / 2, by position * theta^(-2j / dim).
+
+    Positions count from 0 where none are given.
+    """
     half = family.rotary_dim // 2
     dtype = wide(heads.dtype)
-    position = torch.arange(heads.shape[-2], device=heads.device, dtype=dtype)
+    if position is None:
+        position = torch.arange(heads.shape[-2], device=heads.device)
     frequency = torch.tensor(
         [family.theta ** (-2 * j / family.rotary_dim) for j in range(half)],
         device=heads.device,
         dtype=dtype,
     )
-    angle = torch.outer(position, frequency)  # [L, half]
+    angle = torch.outer(position.to(dtype), frequency)  # [L, half]
     compute = dtype if family.rotary_in_float32 else heads.dtype
     cos, sin = angle.cos().to(compute), angle.sin().to(compute)
     x, y, rest = heads[..., :half], heads[..., half : 2 * half], heads[..., 2 * half :]
@@ -201,10 +205,10 @@ class Attention(nn.Module):
             heads = norm(heads)
         return heads.transpose(1, 2)
 
-    def forward(self, x, attention_mask):
+    def forward(self, x, attention_mask, position=None):
         norms = (self.q_norm, self.k_norm) if self.family.query_norm else (None, None)
-        query = turn(self.split(self.q_proj(x), norms[0]), self.family)
-        key = turn(self.split(self.k_proj(x), norms[1]), self.family)
+        query = turn(self.split(self.q_proj(x), norms[0]), self.family, position)
+        key = turn(self.split(self.k_proj(x), norms[1]), self.family, position)
         value = self.split(self.v_proj(x))
         group = self.family.heads // self.family.key_heads
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
@@ -309,8 +313,8 @@ class Layer(nn.Module):
         dense = FFN(family.hidden, family.dense_width, family.ffn_bias) if not sparse else None
         self.mlp = dense or SparseFFN(family)
 
-    def forward(self, x, attention_mask):
-        x = x + self.self_attn(self.input_layernorm(x), attention_mask)
+    def forward(self, x, attention_mask, position=None):
+        x = x + self.self_attn(self.input_layernorm(x), attention_mask, position)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -337,12 +341,23 @@ class Plain(nn.Module):
     def dtype(self):
         return self.model.embed_tokens.weight.dtype
 
-    def forward(self, input_ids, attention_mask=None, is_causal=False, use_cache=False):
-        """Logits [B, L, V]; `attention_mask` is None or additive, [B, 1, L, L]."""
+    def forward(
+        self,
+        input_ids,
+        attention_mask=None,
+        position_ids=None,
+        is_causal=False,
+        use_cache=False,
+    ):
+        """Logits [B, L, V]; `attention_mask` is None or additive, [B, 1, L, L].
+
+        Positions [1, L] count from 0 where none are given.
+        """
         assert not is_causal
         x = self.model.embed_tokens(input_ids)
+        position = None if position_ids is None else position_ids[0]
         for layer in self.model.layers:
-            x = layer(x, attention_mask)
+            x = layer(x, attention_mask, position)
         return SimpleNamespace(logits=self.lm_head(self.model.norm(x)))
 
 

@@ -323,7 +323,7 @@ class Backbone:
         context: Context,
         memory: contextlib.AbstractContextManager[Any],
         *,
-        recompute: bool = False,
+        recompute: bool | None = None,
     ) -> Tensor:
         """Run what lies behind the boundary, and the final norm, on the rows that count.
 
@@ -333,13 +333,14 @@ class Backbone:
             context: of the same batch.
             memory: entered around every layer, also when it is recomputed in backward; under it the
                 adapted layers add their fast weights.
-            recompute: recompute each layer in backward instead of storing its activations; the
-                model's own gradient checkpointing asks for it too.
+            recompute: whether to recompute each layer in backward instead of storing its
+                activations; None asks the model's own gradient checkpointing.
 
         Returns:
             [M, D], input of the head.
         """
-        recompute = recompute or self._gradient_checkpointing()
+        if recompute is None:
+            recompute = self._gradient_checkpointing()
         hidden = self._run(
             start, self.boundary, self.half_count, context, memory, recompute
         )  # [B, W, D]

@@ -76,6 +76,14 @@ class MemoryConfig:
         pre_anchor_scale: the noisiest state masks this many times the anchor's tokens, at least 1.
         inner_targets: "all_masked" tokens of a state, or only those that the next state reveals
             ("newly_revealed"; a state without a next one: all masked).
+        inner_loss: of a token of a state: "cross_entropy", the NLL of the clean token; or how far
+            the token's logits or last hidden state (the head's input) are from those that the same
+            weights give, without a gradient, in the next state of the trajectory (the anchor behind
+            "pre_anchor_only"; the clean tokens where there is none): "kl" is
+            KL(next || this), "reverse_kl" KL(this || next), "hidden_mse" the mean squared
+            difference, "hidden_cosine" one minus the cosine.
+        inner_temperature: divides the logits of "kl" and "reverse_kl", above 0; no factor makes up
+            for it. Read by these two alone.
         inner_lr: learning rate of the plain SGD on the fast weights, above 0.
         inner_max_norm: the gradient norm that clipping keeps, above 0.
         inner_clip: clip each "tensor" on its own, all of one set together ("global"), or "none".
@@ -99,6 +107,11 @@ class MemoryConfig:
             8.8e-07, 3.1e-06 and of the outer gradient 4.3e-05, 5.9e-05, 5.6e-05,
             1.2e-04; time of forward and backward 0.93, 0.84, 0.81, 0.75 of the exact on
             a CPU (`python -m bench.prompt_kv`).
+        meta_gradient: "first_order" takes the written fast weights for constants of the outer loss.
+            "exact" differentiates through the K updates, their clip included: backward recomputes
+            one step after the other, whole passes of the model among them. "exact_suffix" leaves
+            out what reaches the outer parameters through the layers below the fast weights in
+            states noisier than the anchor.
         inner_graph: launch the reset and all inner steps as one CUDA graph. The rows of a state are
             padded, to 256, 512, 768, 1024, 1536, 2048, 3072 and so on; a batch of other shapes is
             recorded anew (16 recordings are kept), so pad sequences to few lengths.
@@ -116,6 +129,10 @@ class MemoryConfig:
     )
     pre_anchor_scale: float = 1.5
     inner_targets: Literal["all_masked", "newly_revealed"] = "all_masked"
+    inner_loss: Literal["cross_entropy", "kl", "reverse_kl", "hidden_mse", "hidden_cosine"] = (
+        "cross_entropy"
+    )
+    inner_temperature: float = 1.0
     inner_lr: float = 0.1
     inner_max_norm: float = 1.0
     inner_clip: Literal["tensor", "global", "none"] = "tensor"
@@ -128,6 +145,7 @@ class MemoryConfig:
     state_dtype: Literal["float32", "compute"] = "float32"
     inner_checkpoint: Literal["none", "layer", "auto"] = "auto"
     prefix_reuse: Literal["none", "prompt_kv"] = "none"
+    meta_gradient: Literal["first_order", "exact", "exact_suffix"] = "first_order"
     inner_graph: bool = False
     prompt_ratio: float = 0.2
 
@@ -137,7 +155,7 @@ class MemoryConfig:
             value = getattr(self, name)
             at_least_one = _is_integer(value) and value >= 1
             _check_number(self, name, "a whole number, at least 1", at_least_one)
-        for name in ("inner_lr", "inner_max_norm", "lora_alpha"):
+        for name in ("inner_lr", "inner_max_norm", "lora_alpha", "inner_temperature"):
             value = getattr(self, name)
             _check_number(self, name, "a number above 0", _is_finite(value) and value > 0)
         scale = self.pre_anchor_scale
@@ -145,6 +163,20 @@ class MemoryConfig:
         for name in ("layer_fraction", "prompt_ratio"):
             share = getattr(self, name)
             _check_number(self, name, "in (0, 1]", _is_finite(share) and 0 < share <= 1)
+        if self.meta_gradient != "first_order":
+            _check_number(
+                self,
+                "inner_graph",
+                f"False with meta_gradient {self.meta_gradient!r}",
+                not self.inner_graph,
+            )
+        if self.meta_gradient == "exact":
+            _check_number(
+                self,
+                "prefix_reuse",
+                "'none' with meta_gradient 'exact', which differentiates every prefix",
+                self.prefix_reuse == "none",
+            )
 
 
 def from_options(kind: type[Any], options: dict[str, Any]) -> Any:

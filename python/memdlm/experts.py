@@ -167,7 +167,7 @@ def _project(
 ) -> Tensor:
     ends = order.ends[:, -1]
     if is_four_bit(experts):
-        out = _FourBitLinear.apply(rows, experts, name, ends)
+        out = _FourBitLinear.apply(rows, experts, name, ends, False)
     else:
         out = grouped_linear(rows, getattr(experts, name), ends)
     for update in updates:
@@ -199,15 +199,21 @@ class _FourBitLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, experts: Any, name: str, ends: Tensor) -> Tensor:
-        ctx.experts, ctx.name, ctx.ends = experts, name, ends
-        return grouped_linear(rows, getattr(experts, name), ends)
+    def forward(
+        ctx: Any, rows: Tensor, experts: Any, name: str, ends: Tensor, transposed: bool
+    ) -> Tensor:
+        ctx.experts, ctx.name, ctx.ends, ctx.transposed = experts, name, ends, transposed
+        weight = getattr(experts, name)
+        if transposed:
+            weight = weight.to(rows.dtype).mT  # narrower after autocast
+        return grouped_linear(rows, weight, ends)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        weight = getattr(ctx.experts, ctx.name).to(grad.dtype)  # narrower after autocast
-        return grouped_linear(grad.contiguous(), weight.mT, ctx.ends), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        rows = _FourBitLinear.apply(
+            grad.contiguous(), ctx.experts, ctx.name, ctx.ends, not ctx.transposed
+        )
+        return rows, None, None, None, None
 
 
 class _WeightedSum(torch.autograd.Function):

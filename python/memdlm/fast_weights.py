@@ -73,6 +73,7 @@ class FastWeights:
         blank: whether every B (or delta) is still zero, as after a reset.
         segments: [P + 1] int64, where each tensor begins in a row.
         bounds: [P] float64, each tensor is drawn uniform in plus or minus this; 0 for zeros.
+        read_dtype: what the layers read them in.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], config: MemoryConfig) -> None:
@@ -83,10 +84,11 @@ class FastWeights:
         self._stacks = [stack for stacks in per_module for stack in stacks]
         sizes = [torch.Size(stack.shape).numel() for stack in self._stacks]
         self._offsets = list(itertools.accumulate(sizes, initial=0))
+        self._sizes = sizes
         self._read: Sequence[Sequence[Tensor]] | None = None
         self._writes = 0
         self.blank = False
-        self._read_dtype = self._dtype_of_layers()
+        self.read_dtype = self._dtype_of_layers()
         self._allocate(1, self._device())
         self._handles = [
             self._attach(index, module) for index, module in enumerate(modules.values())
@@ -121,7 +123,7 @@ class FastWeights:
             bounds += [stack.bound] * stack.count
         self.segments = torch.tensor(begins, device=device)
         self.bounds = torch.tensor(bounds, dtype=torch.float64, device=device)
-        read = self._read_dtype
+        read = self.read_dtype
         widen = self.config.state_dtype == "float32" and read.itemsize < torch.float32.itemsize
         self.param = torch.zeros(shape, dtype=torch.float32 if widen else read, device=device)
         # What the layers read, so that no product has to cast: the state itself, or its copy.
@@ -133,8 +135,7 @@ class FastWeights:
 
     def _views(self, flat: Tensor) -> list[Tensor]:
         """Each stack as a view, [S, *, rows, columns]; without S in "batch" scope."""
-        pairs = zip(self._offsets[:-1], self._offsets[1:], strict=True)
-        columns = [flat[:, begin:end] for begin, end in pairs]
+        columns = flat.split(self._sizes, dim=1)
         per_set = [c.unflatten(1, s.shape) for c, s in zip(columns, self._stacks, strict=True)]
         return per_set if self.config.scope == "sample" else [view[0] for view in per_set]
 
@@ -244,6 +245,19 @@ class FastWeights:
             return _Reading(self, self._grouped(self._leaves), None)
         return _Reading(self, self._grouped(self._frozen), self._writes)
 
+    def reading_of(self, values: Tensor) -> contextlib.AbstractContextManager[None]:
+        """Under this context the adapted layers add fast weights that are kept elsewhere.
+
+        Args:
+            values: [S, T] in `param`'s dtype or in the one that the layers read; gradients reach
+                it.
+
+        Returns:
+            A context that can be entered again and again; no later write concerns it.
+        """
+        views = self._views(values.to(self.read_dtype))
+        return _Reading(self, self._grouped(views), None, blank=False)
+
     def _grouped(self, tensors: list[Tensor]) -> list[tuple[Tensor, ...]]:
         rest = iter(tensors)
         return [tuple(next(rest) for _ in range(count)) for count in self._counts]
@@ -276,11 +290,16 @@ class FastWeights:
 
 class _Reading(contextlib.AbstractContextManager[None]):
     def __init__(
-        self, store: FastWeights, tensors: list[tuple[Tensor, ...]], writes: int | None
+        self,
+        store: FastWeights,
+        tensors: list[tuple[Tensor, ...]],
+        writes: int | None,
+        blank: bool | None = None,
     ) -> None:
         self._store = store
         self._tensors = tensors
         self._writes = writes
+        self._blank = blank
         self._outer: list[Any] = []
 
     def __enter__(self) -> None:
@@ -290,11 +309,16 @@ class _Reading(contextlib.AbstractContextManager[None]):
                 "the fast weights were written again before a backward pass that reads them: call "
                 "backward before the next batch's forward"
             )
-        self._outer.append(self._store._read)
+        self._outer.append((self._store._read, self._store.blank))
         self._store._read = self._tensors
+        if self._blank is not None:
+            self._store.blank = self._blank
 
     def __exit__(self, *error: object) -> None:
-        self._store._read = self._outer.pop()
+        read, blank = self._outer.pop()
+        self._store._read = read
+        if self._blank is not None:
+            self._store.blank = blank
 
 
 class _LinearHook:

@@ -43,13 +43,17 @@ class InnerGraph:
         self._addresses: tuple[int, ...] = ()
 
     def __call__(
-        self, seeds: Tensor, states: list[State], boundaries: list[Boundary]
+        self,
+        seeds: Tensor,
+        states: list[State],
+        boundaries: list[Boundary],
+        teachers: list[Boundary | None],
     ) -> InnerTrace:
         """Draw the fast weights and write them.
 
         Args:
             seeds: as for `FastWeights.reset`.
-            states, boundaries: as for `adapt`.
+            states, boundaries, teachers: as for `adapt`.
 
         Returns:
             The trace, a copy that the next call leaves alone.
@@ -58,7 +62,8 @@ class InnerGraph:
             ValueError: a model that is not on a GPU, or an attention mask that is no tensor.
         """
         read: list[dict[str, Any]] = [dict(state) for state in states]
-        inputs = (seeds, [{k: state[k] for k in _READ_BY_ADAPT} for state in read], boundaries)
+        own = [{k: state[k] for k in _READ_BY_ADAPT} for state in read]
+        inputs = (seeds, own, boundaries, teachers)
         tensors: list[Tensor] = []
         key = (_flatten(inputs, tensors), self._modes(seeds.device))
         self._fast_weights.reserve(len(seeds))
@@ -98,7 +103,7 @@ class InnerGraph:
         while len(self._recorded) >= _MOST_RECORDINGS:
             del self._recorded[next(iter(self._recorded))]
         fixed: list[Tensor] = []
-        seeds, states, boundaries = _copy(inputs, fixed)
+        seeds, states, boundaries, teachers = _copy(inputs, fixed)
         # Decided now: while recording, the free memory cannot be asked for.
         recompute = recomputes(self._config.inner_checkpoint, self._backbone, boundaries)
         config = dataclasses.replace(
@@ -107,7 +112,7 @@ class InnerGraph:
 
         def run() -> InnerTrace:
             self._fast_weights.reset(seeds)
-            return adapt(self._backbone, self._fast_weights, states, boundaries, config)
+            return adapt(self._backbone, self._fast_weights, states, boundaries, teachers, config)
 
         others = [recording for _, recording in self._recorded.values()]
         try:

@@ -14,8 +14,9 @@ from memdlm.backbone import Activations, Backbone, Context
 from memdlm.config import MemoryConfig
 from memdlm.data.collator import State
 from memdlm.fast_weights import FastWeights
+from memdlm.inner_loss import has_teacher, token_losses
 from memdlm.recorded_keys import RecordedKeys
-from memdlm_kernels import masked_linear_cross_entropy
+from memdlm.trajectory import following
 
 # "auto" stores a step's activations as long as they fill at most this share of the free memory.
 _STORED_SHARE = 0.25
@@ -106,11 +107,46 @@ def pre_anchor_boundaries(
     ]
 
 
+def teacher_boundaries(
+    backbone: Backbone,
+    states: list[State],
+    anchor_ids: Tensor,
+    clean_ids: Tensor,
+    attention_mask: Tensor | None,
+    config: MemoryConfig,
+) -> list[Boundary | None]:
+    """Run the prefix of what follows each state, at the state's own loss rows, without a graph.
+
+    Args:
+        backbone: the split model.
+        states: K states, in the order of the trajectory.
+        anchor_ids: [B, L] int64, the tokens of the anchor.
+        clean_ids: [B, L] int64, the tokens without noise: what follows where no state does.
+        attention_mask: [B, L] bool or None.
+        config: `inner_loss` and `strategy`.
+
+    Returns:
+        For each state where its teacher starts; None where the inner loss has no teacher.
+    """
+    if not has_teacher(config):
+        return [None] * len(states)
+    teachers: list[Boundary | None] = []
+    for step, state in enumerate(states):
+        after = following(config.strategy, step, len(states))
+        ids = clean_ids
+        if after is not None:
+            ids = anchor_ids if after == "anchor" else states[after]["input_ids"]
+        ahead: State = {**state, "input_ids": ids}
+        teachers += pre_anchor_boundaries(backbone, [ahead], clean_ids, attention_mask)
+    return teachers
+
+
 def adapt(
     backbone: Backbone,
     fast_weights: FastWeights,
     states: list[State],
     boundaries: list[Boundary],
+    teachers: list[Boundary | None],
     config: MemoryConfig,
 ) -> InnerTrace:
     """Write the fast weights: `inner_epochs` passes of K SGD steps, first order.
@@ -123,34 +159,34 @@ def adapt(
         fast_weights: the store that is written.
         states: K states, in the order they are visited.
         boundaries: K boundaries, one for each state.
+        teachers: K, from `teacher_boundaries`.
         config: the inner loop's options.
 
     Returns:
         The trace of inner_epochs * K steps.
     """
     weight, bias = backbone.head()
-    weight, bias = weight.detach(), None if bias is None else bias.detach()
+    head = weight.detach(), None if bias is None else bias.detach()
     recompute = recomputes(config.inner_checkpoint, backbone, boundaries)
     memory = fast_weights.reading(trainable=True)
     losses, norms, skips = [], [], []
     leaves = fast_weights.leaves
-    visits = list(zip(states, boundaries, strict=True)) * config.inner_epochs
+    visits = list(zip(states, boundaries, teachers, strict=True)) * config.inner_epochs
     with backbone.constant_suffix():
-        for state, boundary in visits:
+        for state, boundary, teacher in visits:
+            start = Boundary(boundary.activations.detach(), boundary.context)
             with torch.enable_grad():
-                with record_function("memdlm.inner_suffix"):
-                    rows = backbone.suffix(
-                        boundary.activations.detach(),
-                        state["valid"],
-                        boundary.context,
-                        memory,
-                        recompute=recompute,
-                    )  # [M, D]
-                with record_function("memdlm.inner_loss"):
-                    nll = masked_linear_cross_entropy(rows, weight, state["target"], bias=bias)
-                    weighted = nll * state["weight"].to(nll.dtype)  # [M]
-                    sets = len(fast_weights.param)
-                    per_set = _sum_per_set(weighted, state["sample"], sets)  # [S]
+                per_set = step_loss(
+                    backbone,
+                    state,
+                    start,
+                    teacher,
+                    memory,
+                    head,
+                    len(fast_weights.param),
+                    config,
+                    recompute=recompute or None,
+                )
                 # The sets do not touch each other, so one backward of the sum serves them all.
                 with record_function("memdlm.inner_backward"):
                     gradients = torch.autograd.grad(per_set.sum(), leaves, allow_unused=True)
@@ -161,6 +197,50 @@ def adapt(
             norms.append(norm)
             skips.append(skipped)
     return InnerTrace(torch.stack(losses), torch.stack(norms), torch.stack(skips))
+
+
+def step_loss(
+    backbone: Backbone,
+    state: State,
+    start: Boundary,
+    teacher: Boundary | None,
+    memory: contextlib.AbstractContextManager[None],
+    head: tuple[Tensor, Tensor | None],
+    sets: int,
+    config: MemoryConfig,
+    *,
+    recompute: bool | None,
+) -> Tensor:
+    """The loss of one inner step, with its graph.
+
+    Args:
+        backbone: the split model.
+        state: rows, targets and weights.
+        start: the state's boundary.
+        teacher: the boundary of what follows the state, or None.
+        memory: the context under which the suffix reads the fast weights.
+        head: weight [V, D] and bias [V] or None.
+        sets: S.
+        config: the inner loss.
+        recompute: as for `Backbone.suffix`.
+
+    Returns:
+        [S], of each set of fast weights.
+    """
+    with record_function("memdlm.inner_suffix"):
+        ahead = None
+        if teacher is not None:
+            with torch.no_grad():
+                ahead = backbone.suffix(
+                    teacher.activations, state["valid"], teacher.context, memory
+                )  # [M, D]
+        rows = backbone.suffix(
+            start.activations, state["valid"], start.context, memory, recompute=recompute
+        )  # [M, D]
+    with record_function("memdlm.inner_loss"):
+        losses = token_losses(config, rows, ahead, *head, state["target"])
+        weighted = losses * state["weight"].to(losses.dtype)  # [M]
+        return _sum_per_set(weighted, state["sample"], sets)
 
 
 def _sum_per_set(values: Tensor, sample: Tensor, sets: int) -> Tensor:

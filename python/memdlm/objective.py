@@ -23,9 +23,11 @@ from memdlm.inner_loop import (
     Reuse,
     adapt,
     pre_anchor_boundaries,
+    teacher_boundaries,
     untouched_generators,
 )
 from memdlm.recorded_keys import RecordedKeys
+from memdlm.unroll import check_exact, unroll
 from memdlm_kernels import masked_linear_cross_entropy
 
 
@@ -99,8 +101,8 @@ class MemDLMObjective(MDLMObjective):
     """The same loss, conditioned on fast weights that an inner loop writes for every batch.
 
     The anchor's prefix runs once and serves the last inner step and the outer pass; the other
-    states' prefixes run together, without a graph. First order: the fast weights are constants of
-    the outer loss.
+    states' prefixes run together, without a graph. The fast weights are constants of the outer loss
+    (first order), unless `meta_gradient` says otherwise.
 
     With dropout in the prefix, the last inner step and the outer pass see one draw of it. Inner
     steps leave the default random generators as they found them, so that the outer pass draws what
@@ -123,6 +125,8 @@ class MemDLMObjective(MDLMObjective):
         self.fast_weights = FastWeights(targets, memory)
         self.fast_weights.guard(self.backbone.decoder.embed_tokens)
         self._graph = InnerGraph(self.backbone, self.fast_weights, memory)
+        if memory.meta_gradient != "first_order":
+            check_exact(self.backbone, memory.meta_gradient)
 
     def forward(
         self,
@@ -145,12 +149,17 @@ class MemDLMObjective(MDLMObjective):
             return super().forward(batch, normalizer)
         recorded = RecordedKeys() if self._reuses(batch) else None
         anchor = anchor_boundary(self.backbone, batch, recorded)
-        trace = self.write_memory(batch, anchor, recorded)
+        if self.memory.meta_gradient == "first_order" or not torch.is_grad_enabled():
+            trace = self.write_memory(batch, anchor, recorded)
+            reading = self.fast_weights.reading()
+        else:
+            written, trace = self._unroll(batch, anchor, recorded)
+            reading = self.fast_weights.reading_of(written)
         loss = outer_loss(
             self.backbone,
             anchor,
             batch["anchor"],
-            self.fast_weights.reading(),
+            reading,
             batch["normalizer"] if normalizer is None else normalizer,
         )
         return ObjectiveOutput(loss, trace)
@@ -185,7 +194,7 @@ class MemDLMObjective(MDLMObjective):
                 with `inner_graph`, whose recorded graphs begin with the reset.
         """
         states: list[State] = batch["trajectory"]
-        mask, seeds = batch.get("attention_mask"), batch["memory_seed"]
+        seeds = batch["memory_seed"]
         if self.memory.inner_graph and not reset:
             raise ValueError("reset must be True with inner_graph, got False")
         with untouched_generators(seeds.device):
@@ -199,22 +208,66 @@ class MemDLMObjective(MDLMObjective):
                     "recorded must be what the anchor's prefix recorded with prefix_reuse "
                     "'prompt_kv', got None"
                 )
-            reuse = None
-            if recorded is not None:
-                reuse = Reuse(batch["changed"], anchor.activations, recorded)
-            others = [state for state in states if not state["is_anchor"]]
-            made = iter(
-                pre_anchor_boundaries(self.backbone, others, batch["input_ids"], mask, reuse)
-            )
-            if recorded is not None:
-                recorded.close()
-            boundaries = [anchor if state["is_anchor"] else next(made) for state in states]
+            boundaries = self._boundaries(batch, anchor, recorded)
+            teachers = self._teachers(batch)
             if self.memory.inner_graph:
-                return self._graph(seeds, states, boundaries)
+                return self._graph(seeds, states, boundaries, teachers)
             if reset:
                 with record_function("memdlm.reset"):
                     self.fast_weights.reset(seeds)
-            return adapt(self.backbone, self.fast_weights, states, boundaries, self.memory)
+            return adapt(
+                self.backbone, self.fast_weights, states, boundaries, teachers, self.memory
+            )
+
+    def _boundaries(
+        self, batch: dict[str, Any], anchor: Boundary, recorded: RecordedKeys | None
+    ) -> list[Boundary]:
+        """Where the step on each state starts; the anchor's still has its graph."""
+        states: list[State] = batch["trajectory"]
+        reuse = None
+        if recorded is not None:
+            reuse = Reuse(batch["changed"], anchor.activations, recorded)
+        others = [state for state in states if not state["is_anchor"]]
+        mask = batch.get("attention_mask")
+        made = iter(pre_anchor_boundaries(self.backbone, others, batch["input_ids"], mask, reuse))
+        if recorded is not None:
+            recorded.close()
+        return [anchor if state["is_anchor"] else next(made) for state in states]
+
+    def _teachers(self, batch: dict[str, Any]) -> list[Boundary | None]:
+        return teacher_boundaries(
+            self.backbone,
+            batch["trajectory"],
+            batch["anchor"]["input_ids"],
+            batch["input_ids"],
+            batch.get("attention_mask"),
+            self.memory,
+        )
+
+    def _unroll(
+        self, batch: dict[str, Any], anchor: Boundary, recorded: RecordedKeys | None
+    ) -> tuple[Tensor, InnerTrace]:
+        """The written fast weights [S, T], connected to what they were written with."""
+        states: list[State] = batch["trajectory"]
+        with untouched_generators(batch["memory_seed"].device):
+            boundaries: list[Boundary | None]
+            if self.memory.meta_gradient == "exact":
+                boundaries = [anchor if state["is_anchor"] else None for state in states]
+            else:
+                boundaries = [*self._boundaries(batch, anchor, recorded)]
+            teachers = self._teachers(batch)
+            with record_function("memdlm.reset"):
+                self.fast_weights.reset(batch["memory_seed"])
+            return unroll(
+                self.backbone,
+                self.fast_weights,
+                states,
+                boundaries,
+                teachers,
+                batch["input_ids"],
+                batch.get("attention_mask"),
+                self.memory,
+            )
 
 
 def anchor_boundary(

@@ -178,6 +178,11 @@ _UNREAD: list[tuple[list[str], Callable[[Mapping[str, Any]], bool], str]] = [
         ),
         "the anchor is the only state",
     ),
+    (
+        ["inner_temperature"],
+        lambda run: run["inner_loss"] not in ("kl", "reverse_kl"),
+        "inner_loss is neither 'kl' nor 'reverse_kl'",
+    ),
     (["inner_max_norm"], lambda run: run["inner_clip"] == "none", "inner_clip is 'none'"),
     (["pad_to_multiple_of"], lambda run: run["padding"] != "multiple", "padding is not 'multiple'"),
     (["eval_fraction"], lambda run: run["eval_dataset"] is not None, "eval_dataset is given"),

@@ -5,6 +5,7 @@ is the masked set of every state, so the sets nest and the same u gives the same
 """
 
 from fractions import Fraction
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -98,6 +99,23 @@ def trajectory(
     return [smallest(priority, maskable, count) for count in per_state]
 
 
+def following(strategy: str, step: int, count: int) -> int | Literal["anchor"] | None:
+    """The state that a trajectory goes to from state `step`.
+
+    Args:
+        strategy: `MemoryConfig.strategy`.
+        step: which state, from 0.
+        count: K.
+
+    Returns:
+        Its number; "anchor" behind the states of "pre_anchor_only"; None where there is none:
+        behind those of "anchor_only" and the last of the others.
+    """
+    if strategy == "pre_anchor_only":
+        return "anchor"
+    return None if strategy == "anchor_only" or step == count - 1 else step + 1
+
+
 def loss_mask(
     strategy: str, targets: str, states: list[Tensor], anchor: Tensor, step: int
 ) -> Tensor:
@@ -110,13 +128,10 @@ def loss_mask(
         step: which state.
 
     Returns:
-        [B, L] bool: all masked tokens of the state, or those that the next state reveals. The state
-        after the one of "pre_anchor_only" is the anchor; the last of the others has none.
+        [B, L] bool: all masked tokens of the state, or those that the next state reveals, all where
+        there is no next one.
     """
-    if targets == "all_masked":
+    after = following(strategy, step, len(states))
+    if targets == "all_masked" or after is None:
         return states[step]
-    if strategy == "pre_anchor_only":
-        return states[step] & ~anchor
-    if strategy == "anchor_only" or step == len(states) - 1:
-        return states[step]
-    return states[step] & ~states[step + 1]
+    return states[step] & ~(anchor if after == "anchor" else states[after])

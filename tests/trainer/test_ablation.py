@@ -100,6 +100,19 @@ def test_a_grid_runs_and_goes_on_where_it_was(tmp_path, capsys, trained):
     assert "measured with examples 2, got 3" in capsys.readouterr().err
 
 
+def test_inner_losses_are_compared(tmp_path, trained):
+    grid, out = tmp_path / "grid.yaml", tmp_path / "out"
+    names = ["cross_entropy", "kl", "hidden_cosine"]
+    grid.write_text(SMALL + f"ablations:\n  inner_loss: {{inner_loss: [{', '.join(names)}]}}\n")
+    assert main(["ablate", str(grid), "--out", str(out)]) == 0
+    assert len(trained) == len(names)
+    rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+    assert [row["memory"] for row in rows] == ["off", "on"] * len(names)
+    assert len({row["nll"] for row in rows if row["memory"] == "on"}) == len(names)
+    report = (out / "report.md").read_text()
+    assert all(f"| inner_loss {name} | on |" in report for name in names)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -124,6 +137,10 @@ def test_a_grid_runs_and_goes_on_where_it_was(tmp_path, capsys, trained):
         (
             "ablations: {s: {objective: [mdlm], rank: [1]}}",
             "ablation s, objective mdlm, rank 1: rank would not be read",
+        ),
+        (
+            "ablations: {s: {inner_loss: [hidden_mse], inner_temperature: [2.0]}}",
+            "inner_temperature would not be read: inner_loss is neither 'kl' nor 'reverse_kl'",
         ),
         (
             "ablations: {s: {rank: [1]}}\nrun: {dataset: a.jsonl, eval_dataset: b.jsonl}\n"
@@ -185,7 +202,7 @@ def test_a_mean_has_its_spread_where_there_are_seeds():
     assert spread("recall_96_one", [0.5, 0.5]) == "50.0 ± 0.0"
 
 
-@pytest.mark.parametrize("name", ["evidence", "evidence_why", "paper_ablations"])
+@pytest.mark.parametrize("name", ["evidence", "evidence_why", "inner_losses", "paper_ablations"])
 def test_the_grids_of_the_docs_are_runs_that_exist(name):
     grid = read_grid(str(DOCS / f"{name}.yaml"), {})
     cells = make_cells(grid, base_keys(grid))

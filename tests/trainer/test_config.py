@@ -20,6 +20,7 @@ def test_the_defaults_are_those_of_the_paper():
     assert (memory.adapter, memory.rank, memory.lora_alpha) == ("lora", 32, 64)
     assert (memory.target, memory.layer_fraction) == ("ffn", 0.1)
     assert (memory.scope, memory.state_dtype) == ("batch", "float32")
+    assert (memory.inner_loss, memory.meta_gradient) == ("cross_entropy", "first_order")
     diffusion = DiffusionConfig()
     assert (diffusion.schedule, diffusion.time_epsilon) == ("linear", 1e-3)
     assert (diffusion.loss_weight, diffusion.loss_norm) == ("schedule", "token")
@@ -28,7 +29,11 @@ def test_the_defaults_are_those_of_the_paper():
 @pytest.mark.parametrize(
     ("name", "value"),
     [(name, bad) for name in ("inner_steps", "inner_epochs", "rank") for bad in NOT_COUNTS]
-    + [(name, bad) for name in ("inner_lr", "inner_max_norm", "lora_alpha") for bad in NOT_POSITIVE]
+    + [
+        (name, bad)
+        for name in ("inner_lr", "inner_max_norm", "lora_alpha", "inner_temperature")
+        for bad in NOT_POSITIVE
+    ]
     + [("pre_anchor_scale", bad) for bad in (0.99, -1, math.nan, math.inf, True, "1.5")]
     + [("layer_fraction", bad) for bad in (0, -0.1, 1.01, math.nan, True, "0.1")]
     + [
@@ -36,6 +41,8 @@ def test_the_defaults_are_those_of_the_paper():
         for name in (
             "strategy",
             "inner_targets",
+            "inner_loss",
+            "meta_gradient",
             "inner_clip",
             "adapter",
             "target",
@@ -49,6 +56,21 @@ def test_the_defaults_are_those_of_the_paper():
 def test_a_bad_memory_option_is_named_with_what_it_got(name, value):
     with pytest.raises(ValueError, match=rf"^{name} must be .*, got {re.escape(repr(value))}$"):
         MemoryConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("meta_gradient", "name", "value"),
+    [
+        ("exact", "inner_graph", True),
+        ("exact_suffix", "inner_graph", True),
+        ("exact", "prefix_reuse", "prompt_kv"),
+    ],
+)
+def test_what_has_no_exact_gradient_is_refused(meta_gradient, name, value):
+    expected = rf"^{name} must be .* with meta_gradient '{meta_gradient}'.*, got {value!r}$"
+    with pytest.raises(ValueError, match=expected):
+        MemoryConfig(meta_gradient=meta_gradient, **{name: value})
+    assert MemoryConfig(meta_gradient="exact_suffix", prefix_reuse="prompt_kv")
 
 
 @pytest.mark.parametrize(
