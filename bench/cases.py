@@ -133,6 +133,7 @@ class Suite:
         repeats: timed rounds of a step.
         naive_every: n: `memdlm_naive`, much slower than the rest, takes part in each nth alone.
         prompt_kv: whether `memdlm_prompt_kv` is measured.
+        exact: whether `memdlm_exact` is, in the cost cases.
         op_rounds: timed rounds of an op, at most.
     """
 
@@ -145,6 +146,7 @@ class Suite:
     op_rounds: int
     naive_every: int = 1
     prompt_kv: bool = True
+    exact: bool = True
 
 
 _REAL = [
@@ -170,6 +172,7 @@ SUITES = {
         op_rounds=201,
         naive_every=3,
         prompt_kv=False,
+        exact=False,
     ),
     "cpu": Suite(
         device="cpu",

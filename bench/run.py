@@ -124,6 +124,7 @@ def _run_steps(
                 naive=is_cost and not case.gradient_checkpointing,
                 naive_every=suite.naive_every,
                 prompt_kv=suite.prompt_kv,
+                exact=suite.exact and is_cost,
                 extra_steps=[2],
                 repeats=suite.repeats,
                 device=device,

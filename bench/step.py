@@ -69,6 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
         action="store_true",
         help="leave out memdlm_naive, which --gradient_checkpointing does anyway",
     )
+    parser.add_argument("--without_exact", action="store_true", help="leave out memdlm_exact")
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds")
     parser.add_argument("--batches", type=int, default=1, help="batches in one round")
     parser.add_argument("--json", type=Path, help="append one JSON line per variant to this file")
@@ -82,6 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
         device=torch.device(options.device),
         dtype=DTYPES[options.dtype],
         naive=not (options.without_naive or case.gradient_checkpointing),
+        exact=not options.without_exact,
         path=options.json,
     )
     print_table(rows)
@@ -122,6 +124,7 @@ def measure(
     naive: bool = True,
     naive_every: int = 1,
     prompt_kv: bool = True,
+    exact: bool = True,
     extra_steps: Sequence[int] | None = None,
     suite: str | None = None,
     run: str | None = None,
@@ -138,7 +141,8 @@ def measure(
         naive: whether `memdlm_naive` is measured too.
         naive_every: n, for it to take part in each nth round alone.
         prompt_kv: whether `memdlm_prompt_kv` is measured too.
-        extra_steps: with which of `inner_steps` those two are; None for all.
+        exact: whether `memdlm_exact` is.
+        extra_steps: with which of `inner_steps` those three are; None for all.
         suite: the suite's name for the rows, None by hand.
         run: when the invocation began, UTC, ISO seconds; None for now.
         path: a file that gets each row as a JSON line as soon as it is there.
@@ -157,6 +161,7 @@ def measure(
         dtype,
         naive=naive,
         prompt_kv=prompt_kv,
+        exact=exact,
         extra_steps=extra_steps,
     )
     steps = check_losses(steps, device)

@@ -6,6 +6,7 @@
 - `memdlm_naive` is the method written plainly, on the published model.
 - `memdlm` is ours, and computes the same.
 - `memdlm_prompt_kv` is ours with `prefix_reuse="prompt_kv"`, which computes something near it.
+- `memdlm_exact` is ours with `meta_gradient="exact"`: the gradient through the inner steps too.
 
 A step is forward, backward and AdamW; the batches are made beforehand. Its parts are marked for
 `bench.breakdown`.
@@ -67,6 +68,7 @@ def make_steps(
     *,
     naive: bool = True,
     prompt_kv: bool = True,
+    exact: bool = False,
     extra_steps: Sequence[int] | None = None,
 ) -> dict[str, Step]:
     """A training step of each variant, as a function of the batch's number.
@@ -79,7 +81,8 @@ def make_steps(
         naive: whether `memdlm_naive` is among the variants.
         prompt_kv: whether `memdlm_prompt_kv` is; with K = 1 it never is: there is no noisier state,
             whose prefix could be reused.
-        extra_steps: those of `inner_steps` that these two are made for, None for all.
+        exact: whether `memdlm_exact` is.
+        extra_steps: those of `inner_steps` that these three are made for, None for all.
 
     Returns:
         Variant (with " K=..." where it has one) to a step that returns its loss.
@@ -115,8 +118,8 @@ def make_steps(
             own = make_batches(case, diffusion, memory, batches, device)
             plainly = _naive_step(looped, case, diffusion, memory, own)
             steps[f"memdlm_naive K={k}"] = optimised_published(plainly)
-        reuses = prompt_kv and extra and k > 1
-        for variant in ("memdlm", "memdlm_prompt_kv") if reuses else ("memdlm",):
+        more = {"memdlm_prompt_kv": prompt_kv and k > 1, "memdlm_exact": exact}
+        for variant in ("memdlm", *(name for name, wanted in more.items() if wanted and extra)):
             memory = memory_of(variant, k)
             own = make_batches(case, diffusion, memory, batches, device)
             ours = MemDLMObjective(model, diffusion, memory)
@@ -129,6 +132,8 @@ def memory_of(variant: str, k: int) -> MemoryConfig:
     """The inner loop of a `memdlm` variant with K = `k`."""
     if variant == "memdlm_prompt_kv":
         return MemoryConfig(inner_steps=k, prefix_reuse="prompt_kv")
+    if variant == "memdlm_exact":
+        return MemoryConfig(inner_steps=k, meta_gradient="exact")
     return MemoryConfig(inner_steps=k)
 
 

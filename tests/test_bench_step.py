@@ -50,6 +50,7 @@ def test_each_variant_gives_one_row_that_is_written(measured):
         ("memdlm_naive", 2),
         ("memdlm", 2),
         ("memdlm_prompt_kv", 2),
+        ("memdlm_exact", 2),
     ]
     assert [json.loads(line) for line in path.read_text().splitlines()] == rows
     for row in rows:
@@ -64,7 +65,7 @@ def test_rows_order_the_variants_as_their_work_does(measured):
     flops = {key: row["flops"] for key, row in rows.items()}
     assert flops["mdlm", None] < flops["mdlm_all_rows", None]
     assert flops["mdlm", None] < flops["memdlm", 1] < flops["memdlm", 2] < flops["memdlm_naive", 2]
-    assert flops["memdlm_prompt_kv", 2] < flops["memdlm", 2]
+    assert flops["memdlm_prompt_kv", 2] < flops["memdlm", 2] < flops["memdlm_exact", 2]
     assert rows["memdlm", 2]["peak_mib"] < rows["memdlm_naive", 2]["peak_mib"]
     assert set(INNER_PARTS) < set(rows["memdlm", 2]["parts_ms"])
     assert not set(INNER_PARTS) & set(rows["mdlm", None]["parts_ms"])
