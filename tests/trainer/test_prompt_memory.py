@@ -225,6 +225,18 @@ def test_the_graph_is_left_out_where_there_is_no_cuda(model):
     assert torch.equal(*written)
 
 
+def test_a_checkpoint_trained_with_the_exact_gradient_writes_the_same_memory(model):
+    written = []
+    for meta_gradient in ("first_order", "exact"):
+        memory = make_memory(model, meta_gradient=meta_gradient)
+        with memory.adapt(PROMPTS):
+            written.append(fast_weights(memory))
+    assert torch.equal(*written)
+    # Nothing is differentiated twice: an attention that could not be is no reason to refuse.
+    model.config._attn_implementation = "flash_attention_2"
+    make_memory(model, meta_gradient="exact").detach()
+
+
 def test_a_memory_that_is_not_merged_is_read_in_as_many_rows_as_prompts(model):
     memory = make_memory(model)
     with (

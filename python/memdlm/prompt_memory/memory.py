@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from memdlm.config import DiffusionConfig, MemoryConfig
 from memdlm.data.collator import MaskCollator
+from memdlm.fast_weights import FastWeights
 from memdlm.inference import Checkpoint
 from memdlm.objective import MemDLMObjective
 from memdlm.prompt_memory.fingerprint import fingerprint
@@ -76,7 +77,10 @@ class PromptMemory:
             raise ValueError(f"budget_gib must be a number above 0, or None, got {budget_gib}")
         uniform = dataclasses.replace(diffusion, loss_weight="uniform")
         graph = memory.inner_graph and next(model.parameters()).device.type == "cuda"
-        own = dataclasses.replace(memory, scope="sample", inner_graph=graph)
+        # There is no outer gradient here.
+        own = dataclasses.replace(
+            memory, scope="sample", inner_graph=graph, meta_gradient="first_order"
+        )
         self._model = model
         self._budget_gib = budget_gib
         self._detached = False
@@ -217,6 +221,23 @@ class PromptMemory:
             with self._reading(merge):
                 yield saved.lengths
 
+    @property
+    def fast_weights(self) -> FastWeights:
+        """Where the memory lies, to be looked at: a set for each prompt that was written last."""
+        return self._objective.fast_weights
+
+    def inner_batch(self, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """What the inner loop is given for prompts that are written together, uncut.
+
+        Args:
+            prompts: B lists of token ids.
+
+        Returns:
+            The batch of `MaskCollator`, on the model's device: its `trajectory` holds the masked
+            states, its `memory_seed` what the fast weights are reset with.
+        """
+        return self._batch(prompts, 0)
+
     def detach(self) -> None:
         """Take the fast weights' hooks off the model; nothing can be written afterwards.
 
@@ -272,6 +293,9 @@ class PromptMemory:
         return joined(parts, len(prompts))
 
     def _run(self, prompts: list[list[int]], chunk: int) -> Any:
+        return self._objective.write_memory(self._batch(prompts, chunk), reset=chunk == 0)
+
+    def _batch(self, prompts: Sequence[Sequence[int]], chunk: int) -> dict[str, Any]:
         # One example number for all: a prompt's memory does not depend on its place in the batch.
         # Chunks differ, so that not every one is masked in the same places.
         features = [
@@ -279,8 +303,8 @@ class PromptMemory:
             for prompt in prompts
         ]
         device = self._objective.backbone.head()[0].device
-        batch = send_to_device(self._collator(features), device)
-        return self._objective.write_memory(batch, reset=chunk == 0)
+        batch: dict[str, Any] = send_to_device(self._collator(features), device)
+        return batch
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
