@@ -5,7 +5,6 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -99,21 +98,30 @@ TRITON = Backend("triton", _triton_unfit)
 REFERENCE = Backend("reference", lambda *_: None)
 
 
-_REFERENCES: ContextVar[bool] = ContextVar("_REFERENCES", default=False)
+# How often `reference_ops` was entered. A number of the module, so that torch.compile can trace the
+# choice and guard on it.
+_reference_depth = 0
 
 
 @contextlib.contextmanager
 def reference_ops() -> Iterator[None]:
     """In here every op that is not told a backend runs its reference.
 
-    A reference is plain PyTorch, and can be differentiated as often as its dtypes allow; the other
-    backends can once. Under this context a function that calls ops can be too.
+    A reference is plain PyTorch, and can be differentiated as often as one likes; the other
+    backends can once. Under this context a function that calls ops can be too. It holds for all
+    threads.
     """
-    outer = _REFERENCES.set(True)
+    global _reference_depth
+    _reference_depth += 1
     try:
         yield
     finally:
-        _REFERENCES.reset(outer)
+        _reference_depth -= 1
+
+
+def preferred(requested: str | None) -> str | None:
+    """What a caller asked for: a backend's name, or the reference's under `reference_ops`."""
+    return REFERENCE.name if requested is None and _reference_depth > 0 else requested
 
 
 def choose(op: str, order: Sequence[Backend], requested: str | None, *facts: Any) -> str:
@@ -132,8 +140,7 @@ def choose(op: str, order: Sequence[Backend], requested: str | None, *facts: Any
     Raises:
         ValueError: `requested` is no backend of this op, or cannot run here; or none can.
     """
-    if requested is None and _REFERENCES.get():
-        requested = REFERENCE.name
+    requested = preferred(requested)
     reasons = []
     for backend in order:
         if requested is not None and backend.name != requested:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memdlm_kernels._backends import REFERENCE, TRITON, choose, on_its_device
+from memdlm_kernels._backends import REFERENCE, TRITON, choose, on_its_device, preferred
 from memdlm_kernels._reduction import check_reduction, is_eager_cpu
 from memdlm_kernels.masked_linear_kl import reference
 
@@ -81,7 +81,7 @@ def masked_linear_kl(
     rows = student.shape[0] if index is None else index.shape[0]
     _check_token_weight(token_weight, rows, student.device)
     check_reduction(student, None, reduction, normalizer)
-    if backend != "reference":
+    if preferred(backend) != "reference":
         _check_constant(weight, bias)
     backend = choose("masked_linear_kl", _ORDER, backend, student.device, student.dtype)
     with torch.autocast(student.device.type, enabled=False):

@@ -122,11 +122,11 @@ class MemDLMObjective(MDLMObjective):
         self.memory = memory
         targets, boundary = find_targets(model, memory.target, memory.layer_fraction)
         self.backbone = Backbone(model, boundary, diffusion.block_size)
+        if memory.meta_gradient != "first_order":
+            check_exact(self.backbone, memory.meta_gradient)
         self.fast_weights = FastWeights(targets, memory)
         self.fast_weights.guard(self.backbone.decoder.embed_tokens)
         self._graph = InnerGraph(self.backbone, self.fast_weights, memory)
-        if memory.meta_gradient != "first_order":
-            check_exact(self.backbone, memory.meta_gradient)
 
     def forward(
         self,

@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import record_function
 
-from memdlm.backbone import Activations, Backbone
+from memdlm.backbone import Activations, Backbone, Context
 from memdlm.config import MemoryConfig
 from memdlm.data.collator import State
 from memdlm.fast_weights import FastWeights
@@ -92,7 +92,7 @@ def unroll(
         respect to the model's parameters and the anchor's activations; and the trace.
     """
     unrolled = _Unrolled(backbone, fast_weights, clean_ids, attention_mask, config)
-    trace, snapshots = unrolled.write(states, boundaries, teachers)
+    trace, snapshots, kept = unrolled.write(states, boundaries, teachers)
     anchors = [
         boundary
         for state, boundary in zip(states, boundaries, strict=True)
@@ -100,9 +100,28 @@ def unroll(
     ]
     anchor = _floating(anchors[0].activations) if anchors else []
     written: Tensor = _Adjoint.apply(
-        unrolled, snapshots, len(anchor), *anchor, *_trained_parameters(backbone)
+        unrolled, snapshots, kept, len(anchor), *anchor, *_trained_parameters(backbone)
     )
     return written, trace
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """A boundary whose activations stand in a list of tensors, which autograd saves and lets go.
+
+    Attributes:
+        context: the boundary's.
+        first, count: which of the tensors are its activations.
+    """
+
+    context: Context
+    first: int
+    count: int
+
+    def boundary(self, kept: Sequence[Tensor]) -> Boundary:
+        """It, with the tensors of the list."""
+        hidden, *ffn = kept[self.first : self.first + self.count]
+        return Boundary(Activations(hidden, tuple(ffn)), self.context)
 
 
 @dataclass(frozen=True)
@@ -111,15 +130,15 @@ class _Visit:
 
     Attributes:
         state: rows, targets and weights.
-        boundary: where it starts; None where the layers below run anew.
+        start: where it starts; None where the layers below run anew.
         teacher: where its teacher starts, or None.
         skipped: [S] bool, sets whose update was left out.
         random: states of the default generators before it, the CPU's and the device's.
     """
 
     state: State
-    boundary: Boundary | None
-    teacher: Boundary | None
+    start: _Saved | None
+    teacher: _Saved | None
     skipped: Tensor
     random: tuple[Tensor, Tensor | None]
 
@@ -151,11 +170,17 @@ class _Unrolled:
         states: list[State],
         boundaries: list[Boundary | None],
         teachers: list[Boundary | None],
-    ) -> tuple[InnerTrace, list[Tensor]]:
-        """Take the steps one by one: the trace, and the fast weights before and after each."""
+    ) -> tuple[InnerTrace, list[Tensor], list[Tensor]]:
+        """Take the steps one by one.
+
+        Returns:
+            The trace; the fast weights before and after each step; the activations that are kept.
+        """
         once = dataclasses.replace(self._config, inner_epochs=1)
         visits = list(zip(states, boundaries, teachers, strict=True)) * self._config.inner_epochs
         snapshots, traces = [self._fast_weights.param.clone()], []
+        kept: list[Tensor] = []
+        places = {id(part): _save(part, kept) for part in (*boundaries, *teachers)}
         for state, boundary, teacher in visits:
             random = _random_states(self._device)
             start = boundary
@@ -165,9 +190,10 @@ class _Unrolled:
             trace = adapt(self._backbone, self._fast_weights, [state], [start], [teacher], once)
             snapshots.append(self._fast_weights.param.clone())
             traces.append(trace)
-            self._visits.append(_Visit(state, boundary, teacher, trace.skipped[0], random))
+            places_of_step = places[id(boundary)], places[id(teacher)]
+            self._visits.append(_Visit(state, *places_of_step, trace.skipped[0], random))
         parts = zip(*((trace.loss, trace.norm, trace.skipped) for trace in traces), strict=True)
-        return InnerTrace(*(torch.cat(part) for part in parts)), snapshots
+        return InnerTrace(*(torch.cat(part) for part in parts)), snapshots, kept
 
     def _start(self, state: State) -> Boundary:
         """Run a state's layers below the boundary."""
@@ -179,6 +205,7 @@ class _Unrolled:
         self,
         grad: Tensor,
         snapshots: Sequence[Tensor],
+        kept: Sequence[Tensor],
         anchor: Sequence[Tensor],
         parameters: Sequence[Tensor],
     ) -> list[Tensor | None]:
@@ -187,6 +214,7 @@ class _Unrolled:
         Args:
             grad: [S, T], of the fast weights after the last step.
             snapshots: the fast weights before each step.
+            kept: what `write` returned.
             anchor: the floating-point tensors of the anchor's activations.
             parameters: the outer parameters.
 
@@ -196,7 +224,9 @@ class _Unrolled:
         totals: list[Tensor | None] = [None] * (len(anchor) + len(parameters))
         for visit, before in zip(reversed(self._visits), reversed(snapshots), strict=True):
             with torch.enable_grad(), _replayed(visit.random, self._device), self._as_forward():
-                grad, below, own = self._adjoint_of_step(visit, before, grad, anchor, parameters)
+                grad, below, own = self._adjoint_of_step(
+                    visit, before, kept, grad, anchor, parameters
+                )
             found = [*(below or [None] * len(anchor)), *own]
             for index, value in enumerate(found):
                 if value is not None:
@@ -208,21 +238,25 @@ class _Unrolled:
         self,
         visit: _Visit,
         before: Tensor,
+        kept: Sequence[Tensor],
         grad: Tensor,
         anchor: Sequence[Tensor],
         parameters: Sequence[Tensor],
     ) -> tuple[Tensor, list[Tensor | None] | None, list[Tensor | None]]:
         """Gradients of the fast weights before the step, of the anchor (or None), of parameters."""
-        start = visit.boundary
-        if start is None:
+        if visit.start is None:
             start = self._start(visit.state)
             reached = _floating(start.activations)
         else:
+            start = visit.start.boundary(kept)
             reached = list(anchor) if visit.state["is_anchor"] else []
         phi = before.detach().requires_grad_()
         leaves = [part.detach().requires_grad_(part.requires_grad) for part in reached]
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
-        updated = self._step(visit, phi, start, leaves)
+        teacher = None if visit.teacher is None else visit.teacher.boundary(kept)
+        # A compiled attention has no second derivative: it runs as it was written.
+        with torch.compiler.set_stance("force_eager"):
+            updated = self._step(visit, phi, start, teacher, leaves)
         first, *others = torch.autograd.grad(
             updated, [phi, *wanted, *parameters], grad, allow_unused=True
         )
@@ -230,7 +264,7 @@ class _Unrolled:
         rest = iter(others[: len(wanted)])
         below = [next(rest) if leaf.requires_grad else None for leaf in leaves]
         own: list[Tensor | None] = list(others[len(wanted) :])
-        if visit.boundary is not None:
+        if visit.start is not None:
             return first, below if reached else None, own
         ends = [
             (part, value) for part, value in zip(reached, below, strict=True) if value is not None
@@ -242,7 +276,12 @@ class _Unrolled:
         return first, None, own
 
     def _step(
-        self, visit: _Visit, phi: Tensor, start: Boundary, leaves: Sequence[Tensor]
+        self,
+        visit: _Visit,
+        phi: Tensor,
+        start: Boundary,
+        teacher: Boundary | None,
+        leaves: Sequence[Tensor],
     ) -> Tensor:
         """The inner step as a function of the fast weights before it, twice differentiable.
 
@@ -255,7 +294,6 @@ class _Unrolled:
         state = {**state, "weight": state["weight"].where(per_token, 0)}
         own = _replaced(start.activations, leaves) if leaves else start.activations.detach()
         start = Boundary(_kept(own, keep), start.context)
-        teacher = visit.teacher
         if teacher is not None:
             teacher = Boundary(_kept(teacher.activations, keep), teacher.context)
         read = self._fast_weights.read_dtype
@@ -296,21 +334,42 @@ class _Adjoint(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, unrolled: _Unrolled, snapshots: list[Tensor], anchors: int, *inputs: Tensor
+        ctx: Any,
+        unrolled: _Unrolled,
+        snapshots: list[Tensor],
+        kept: list[Tensor],
+        anchors: int,
+        *inputs: Tensor,
     ) -> Tensor:
         *before, written = snapshots
-        ctx.unrolled, ctx.counts = unrolled, (anchors, len(inputs))
+        ctx.unrolled, ctx.ends = unrolled, (anchors, len(inputs), len(inputs) + len(before))
         # Parameters too: torch then refuses a backward after they were changed.
-        ctx.save_for_backward(*inputs, *before)
+        ctx.save_for_backward(*inputs, *before, *kept)
         return written
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        anchors, inputs = ctx.counts
+        anchors, inputs, snapshots = ctx.ends
         saved = ctx.saved_tensors
-        found = ctx.unrolled.adjoint(grad, saved[inputs:], saved[:anchors], saved[anchors:inputs])
-        return None, None, None, *found
+        found = ctx.unrolled.adjoint(
+            grad,
+            saved[inputs:snapshots],
+            saved[snapshots:],
+            saved[:anchors],
+            saved[anchors:inputs],
+        )
+        return None, None, None, None, *found
+
+
+def _save(boundary: Boundary | None, kept: list[Tensor]) -> _Saved | None:
+    """Put a boundary's activations into a list, without their graph."""
+    if boundary is None:
+        return None
+    own = boundary.activations.detach()
+    first = len(kept)
+    kept += [own.hidden, *own.ffn]
+    return _Saved(boundary.context, first, len(kept) - first)
 
 
 def _trained_parameters(backbone: Backbone) -> list[Tensor]:

@@ -77,3 +77,23 @@ def test_references_are_preferred_where_no_backend_is_asked_for():
             curvature("cpu")  # what is asked for runs
     with pytest.raises(RuntimeError):
         curvature()
+
+
+def test_the_choice_of_a_backend_can_be_traced():
+    x, A, B = (torch.randn(*shape) for shape in ((3, 4), (2, 4), (5, 2)))
+    base = torch.zeros(3, 5)
+
+    def call(x):
+        return memdlm_kernels.lora_linear(x, base, A, B, 0.5)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(x), call(x))
+    leaf = x.clone().requires_grad_()
+    with memdlm_kernels.reference_ops():  # traced anew: another backend runs
+        reference = torch.compile(call, fullgraph=True, backend="eager")(leaf)
+    (grad,) = torch.autograd.grad(reference.square().sum(), leaf, create_graph=True)
+    assert grad.requires_grad
+    assert torch.autograd.grad(grad.sum(), leaf)[0].isfinite().all()
+    (grad,) = torch.autograd.grad(call(leaf).square().sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(grad.sum(), leaf)

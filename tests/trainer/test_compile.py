@@ -60,6 +60,15 @@ def test_compiled_layers_take_the_same_step(family, scope, compiled):
         torch.testing.assert_close(actual_gradients[name], gradient, rtol=1e-8, atol=1e-10)
 
 
+def test_compiled_layers_have_the_exact_gradient():
+    own = {"target": "ffn+attention", "layer_fraction": 1.0, "meta_gradient": "exact"}
+    memory = MemoryConfig(rank=4, inner_steps=2, **own)
+    _, expected = step("llada", memory, compiled=None)
+    _, actual = step("llada", memory, compiled="after")
+    for name, gradient in expected.items():
+        torch.testing.assert_close(actual[name], gradient, rtol=1e-8, atol=1e-10)
+
+
 def test_many_compiled_attentions_hand_over_their_keys():
     """More layers than a function may be compiled for: one compilation serves them all."""
 

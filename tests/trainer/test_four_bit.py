@@ -101,8 +101,8 @@ def with_lora(model):
     return adapted.train()
 
 
-def step_of(model, scope):
-    memory = MemoryConfig(rank=4, lora_alpha=8.0, layer_fraction=0.5, scope=scope)
+def step_of(model, scope, **options):
+    memory = MemoryConfig(rank=4, lora_alpha=8.0, layer_fraction=0.5, scope=scope, **options)
     diffusion = DiffusionConfig()
     objective = MemDLMObjective(model, diffusion, memory)
     batch = MaskCollator(MASK, PAD, VOCABULARY, diffusion, memory)(make_features())
@@ -113,15 +113,17 @@ def step_of(model, scope):
     return results | gradients(model)
 
 
+@pytest.mark.parametrize("meta_gradient", ["first_order", "exact"])
 @pytest.mark.parametrize("scope", ["batch", "sample"])
 @pytest.mark.parametrize("family", ["llama", "llada_moe"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_step_is_that_of_the_dequantised_base(tmp_path, family, scope, dtype):
+def test_a_step_is_that_of_the_dequantised_base(tmp_path, family, scope, dtype, meta_gradient):
     save_model(tmp_path, family)
     model, twin = load_pair(tmp_path, dtype)
-    actual, rounded = step_of(model, scope), step_of(twin, scope)
+    options = {"scope": scope, "meta_gradient": meta_gradient}
+    actual, rounded = step_of(model, **options), step_of(twin, **options)
     twin.zero_grad()
-    truth = step_of(twin.double(), scope)
+    truth = step_of(twin.double(), **options)
     assert list(actual) == list(rounded) == list(truth)
     for name, expected in truth.items():
         error, bar = ((own[name].double() - expected).norm() for own in (actual, rounded))

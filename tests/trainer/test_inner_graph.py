@@ -51,13 +51,14 @@ def steps(family, **options):
     return done
 
 
+@pytest.mark.parametrize("inner_loss", ["cross_entropy", "kl", "hidden_cosine"])
 @pytest.mark.parametrize("scope", ["batch", "sample"])
 @pytest.mark.parametrize("family", ["llada", "llada_moe"])
-def test_a_recorded_step_is_the_step(monkeypatch, family, scope):
+def test_a_recorded_step_is_the_step(monkeypatch, family, scope, inner_loss):
     monkeypatch.setattr(inner_graph, "_Recording", Rerun)
     monkeypatch.setattr(Rerun, "made", 0)
-    expected = steps(family, scope=scope)
-    actual = steps(family, scope=scope, inner_graph=True)
+    expected = steps(family, scope=scope, inner_loss=inner_loss)
+    actual = steps(family, scope=scope, inner_loss=inner_loss, inner_graph=True)
     # The last batch has the shapes of the first. In "sample" scope the third has taken its memory.
     assert Rerun.made == (2 if scope == "batch" else 3)
     close = {"rtol": 1e-9, "atol": 1e-12}

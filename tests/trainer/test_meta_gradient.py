@@ -421,6 +421,7 @@ def test_dropout_in_the_attention_is_refused():
         ValueError, match=r"meta_gradient must be .* attention_dropout above 0, got"
     ):
         MemDLMObjective(model, DIFFUSION, MemoryConfig(**EXACT))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 @pytest.mark.parametrize("prefix_reuse", ["none", "prompt_kv"])

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from memdlm.backbone import Backbone
 from memdlm.config import MemoryConfig
+from memdlm.inner_loss import has_teacher
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ def row_bytes(backbone: Backbone, memory: MemoryConfig) -> int:
     suffix = 3 * (stored + 1) * width // 2 + (layers * hidden if recomputes else 0)
     # The noisier states' prefix has run by then. It keeps no graph: one layer of every state.
     prefix = (memory.inner_steps - 1) * width
-    boundaries = 2 * memory.inner_steps * hidden
+    # A teacher starts at a boundary of its own.
+    boundaries = 2 * memory.inner_steps * hidden * (2 if has_teacher(memory) else 1)
     # Block diffusion runs the clean tokens beside the noisy ones.
     copies = 1 if backbone.block_size is None else 2
     itemsize = backbone.head()[0].element_size()
