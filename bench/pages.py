@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from bench import op_table, step_table
+from bench import op_table, step_table, unroll_table
 from bench import prompt_kv_table as prompt_kv
 from bench.ratios import against_previous
 from bench.results import Row, newest, read_rows, suites
@@ -15,6 +15,7 @@ PICTURES = {
     "parts.png": "Where the time of a step goes",
     "ops_roofline.png": "Each op under the most that the machine does",
 }
+UNROLL = "unroll.png"  # of no suite
 _SUITES = {"gpu": ("gpu",), "cpu": ("cpu", "quick")}
 _IN_README = ("cost_vs_k.png", "by_length.png", "ops_roofline.png")
 
@@ -79,6 +80,10 @@ def summary(folder: Path) -> str:
     reuse = prompt_kv.newest_rows(rows)
     if reuse:
         lines += ["", "## Reuse of the prompt's keys and values", "", *prompt_kv.lines(reuse)]
+    unrolled = newest(rows, "unroll", None)
+    if unrolled:
+        lines += ["", "## The gradient through the inner loop", "", *unroll_table.lines(unrolled)]
+        lines += _unroll_picture(folder, UNROLL)
     return "\n".join(lines) + "\n"
 
 
@@ -105,7 +110,16 @@ def _device(folder: Path, rows: list[Row], suite: str) -> list[str]:
     reuse = prompt_kv.newest_rows(rows)
     if reuse:
         lines += [*prompt_kv.lines(reuse), ""]
+    unrolled = newest(rows, "unroll", None)
+    if unrolled:
+        lines += [*unroll_table.lines(unrolled), *_unroll_picture(folder, f"{place}/{UNROLL}"), ""]
     return lines
+
+
+def _unroll_picture(folder: Path, link: str) -> list[str]:
+    """An empty line and the picture of `bench.unroll`, if the folder has it."""
+    message = "Memory and time of the gradient through the inner loop, against K"
+    return ["", f"![{message}]({link})"] if (folder / UNROLL).exists() else []
 
 
 def _movement(rows: list[Row], shown: list[Row]) -> list[str]:

@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from bench.pages import BEGIN, END, PICTURES, picture, readme_block, summary
+from bench.pages import BEGIN, END, PICTURES, UNROLL, picture, readme_block, summary
 from bench.pictures import draw
 from bench.results import ROOT, newest, read_rows, suites
 
@@ -50,6 +50,7 @@ def write(folder: Path) -> None:
         own = [row for bench in ("step", "op", "roof") for row in newest(rows, bench, suite)]
         for name in PICTURES:
             draw(name, own, folder / picture(suite, name))
+    draw(UNROLL, newest(rows, "unroll", None), folder / UNROLL)
     (folder / "summary.md").write_text(summary(folder), encoding="utf-8")
     print(f"{folder}: pictures and summary.md")
     if folder.resolve().parent == ROOT:

@@ -42,6 +42,20 @@ KEYS = {
         "gradient_change",
         "memory_gradient_change",
     },
+    "unroll": _EVERY
+    | _TIMES
+    | {
+        "case",
+        "model",
+        "batch_size",
+        "length",
+        "prompt_share",
+        "outer",
+        "dtype",
+        "variant",
+        "inner_checkpoint",
+        "k",
+    },
 }
 
 
@@ -82,8 +96,8 @@ def read_rows(folder: Path) -> list[Row]:
     return rows
 
 
-def newest(rows: list[Row], bench: str, suite: str) -> list[Row]:
-    """The rows that stand for a suite.
+def newest(rows: list[Row], bench: str, suite: str | None) -> list[Row]:
+    """The rows that stand for a suite, or for a benchmark that is in none.
 
     They all come from one commit, software and machine, those of the newest row, so that nothing
     is compared across versions. Among these a case that ran more than once counts by its newest
@@ -91,8 +105,8 @@ def newest(rows: list[Row], bench: str, suite: str) -> list[Row]:
 
     Args:
         rows: of one folder.
-        bench: "step", "op" or "roof".
-        suite: a name in `bench.cases.SUITES`.
+        bench: "step", "op", "roof" or "unroll".
+        suite: a name in `bench.cases.SUITES`; None for "unroll".
 
     Returns:
         The rows in their order; none where the suite did not run.

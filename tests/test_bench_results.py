@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from bench import plot, prompt_kv_table, ratios, results
+from bench import plot, prompt_kv_table, ratios, results, unroll_table
 from bench import run as bench_run
 from bench.cases import StepCase, Suite
 from bench.pages import BEGIN, END, readme_block, summary
@@ -243,6 +243,49 @@ def test_the_newest_figures_of_prompt_kv_are_shown():
 def test_the_option_s_docstring_has_the_figures_of_the_committed_rows():
     rows = prompt_kv_table.newest_rows(results.read_rows(results.ROOT / "cpu-2-cores"))
     assert prompt_kv_table.sentence(rows) in " ".join((MemoryConfig.__doc__ or "").split())
+
+
+def unroll_row(case, variant, k, peak_mib, checkpoint="auto", **other):
+    return {
+        "bench": "unroll", "suite": None, "run": FIRST, **MACHINE, "case": case, "model": "tiny",
+        "batch_size": 2, "length": 32, "prompt_share": 0.5, "outer": "full", "dtype": "float32",
+        "variant": variant, "k": k, "inner_checkpoint": checkpoint, "times_ms": [10.0 * k],
+        "p20_ms": 9.0, "p50_ms": 10.0 * k, "p80_ms": 90.0, "peak_mib": peak_mib, **other,
+    }  # fmt: skip
+
+
+def unroll_rows(case):
+    gradients = [
+        unroll_row(case, variant, k, share * k, None if variant == "kept_graph" else "auto")
+        for k in (1, 4)
+        for variant, share in zip(unroll_table.GRADIENTS, (1.0, 2.0, 3.0, 4.0), strict=True)
+    ]
+    choices = [
+        unroll_row(case, part, 2, 7.0, name)
+        for part in ("first_order", "inner_steps")
+        for name in ("none", "layer", "auto")
+    ]
+    return gradients + choices
+
+
+def test_the_newest_rows_of_unroll_become_tables_and_a_picture(tmp_path):
+    folder = tmp_path / "cpu-2-cores"
+    folder.mkdir()
+    stale = unroll_row("short", "first_order", 1, 99.0, run="2025-01-01T00:00:00+00:00")
+    rows = [stale, *unroll_rows("short"), *unroll_rows("long"), *one_run(150.0, FIRST)]
+    for row in rows:
+        results.check_row(row)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plot.write(folder)
+    assert (folder / "unroll.png").exists()
+    summary_md, block = (folder / "summary.md").read_text(), readme_block(tmp_path)
+    for page, link in ((summary_md, ""), (block, "bench/results/cpu-2-cores/")):
+        assert "| short | 4 | 40.0 ms, 4.00 MiB | 40.0 ms, 8.00 MiB | 40.0 ms, 12.0 MiB |" in page
+        assert page.count("| long | ") == 4
+        part = "| long | 2 | the inner steps alone |"
+        assert f"{part} 20.0 ms, 7.00 MiB | 20.0 ms, 7.00 MiB |" in page
+        assert "99" not in page
+        assert f"({link}unroll.png)" in page
 
 
 def small_suite(monkeypatch, failing):

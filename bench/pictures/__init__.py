@@ -15,6 +15,7 @@ from bench.pictures.cost_vs_k import cost_vs_k
 from bench.pictures.ops_roofline import ops_roofline
 from bench.pictures.parts import parts
 from bench.pictures.style import STYLE
+from bench.pictures.unroll import unroll
 from bench.results import Row
 
 _DRAW: dict[str, Callable[[list[Row]], Any]] = {
@@ -22,15 +23,16 @@ _DRAW: dict[str, Callable[[list[Row]], Any]] = {
     "by_length.png": by_length,
     "parts.png": parts,
     "ops_roofline.png": ops_roofline,
+    "unroll.png": unroll,
 }
 
 
 def draw(name: str, rows: list[Row], path: Path) -> None:
-    """Draw a picture of a suite's newest rows; none where they do not hold what it shows.
+    """Draw a picture of the newest rows; none where they do not hold what it shows.
 
     Args:
-        name: a name in `bench.pages.PICTURES`.
-        rows: the newest of one suite: steps, ops and roof.
+        name: a name in `bench.pages.PICTURES`, or `bench.pages.UNROLL`.
+        rows: the newest of one suite, steps, ops and roof; or those of `bench.unroll`.
         path: of the PNG; removed if it is there and there is nothing to show.
     """
     with plt.rc_context(STYLE):
