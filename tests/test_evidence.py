@@ -14,7 +14,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 PAGE = (DOCS / "evidence.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["evidence", "evidence_why"])
+@pytest.mark.parametrize("name", ["evidence", "evidence_why", "inner_losses"])
 def test_every_table_is_made_of_committed_rows(name):
     grid = read_grid(str(DOCS / f"{name}.yaml"), {})
     rows = (DOCS / "evidence" / f"{name}.jsonl").read_text().splitlines()
@@ -31,6 +31,6 @@ def test_the_table_of_the_exposure_bias_is_that_of_the_command():
 
 def test_every_picture_is_there():
     pictures = re.findall(r"!\[[^]]*\]\(evidence/(\S+)\)", PAGE)
-    assert len(pictures) == 4
+    assert len(pictures) == 5
     for picture in pictures:
         assert (DOCS / "evidence" / picture).is_file()

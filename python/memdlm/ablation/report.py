@@ -159,7 +159,7 @@ def _plot(path: Path, title: str, own: dict[tuple[str, str], list[Row]]) -> None
     for panel in panels.flat[len(measures) :]:
         panel.axis("off")
     marks = [Line2D([], [], color=colour, lw=2.5) for colour in _COLOURS.values()]
-    figure.legend(marks, [f"memory {state}" for state in _COLOURS], loc="lower right", fontsize=8)
+    figure.legend(marks, [f"memory {state}" for state in _COLOURS], loc="upper right", fontsize=8)
     figure.suptitle(title)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
