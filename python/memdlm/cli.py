@@ -95,6 +95,29 @@ def bias(words: Sequence[str]) -> None:
         print(run_bias(options))
 
 
+def meta_bias(words: Sequence[str]) -> None:
+    """Compare the first-order outer gradient with the exact one, at checkpoints of a run."""
+    from memdlm.meta_bias.options import MetaBiasOptions
+
+    options = _read("meta-bias", MetaBiasOptions, words)
+    if options is None:
+        return
+
+    from memdlm.meta_bias.run import run_meta_bias
+
+    print(run_meta_bias(options))
+
+
+def probe(words: Sequence[str]) -> None:
+    """Look into the memory of prompts: norms and spectra, whose loss fell, what it recalls."""
+    from memdlm.probe.options import ProbeOptions
+    from memdlm.probe.run import run_probe
+
+    options = _read("probe", ProbeOptions, words)
+    if options is not None:
+        print(run_probe(options))
+
+
 def ablate(words: Sequence[str]) -> None:
     """Train and measure a grid of options: `memdlm ablate grid.yaml`, with a table for each."""
     from memdlm.ablation.grid import Grid, read_grid
@@ -228,7 +251,9 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "env": env,
     "eval": evaluate,
     "generate": generate,
+    "meta-bias": meta_bias,
     "plan": plan,
+    "probe": probe,
     "train": train,
 }
 
@@ -260,7 +285,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _commands_help() -> str:
-    lines = [f"  {name:<8} {inspect.getdoc(command)}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:<9} {inspect.getdoc(command)}" for name, command in COMMANDS.items()]
     return "\n".join(
         ["usage: memdlm COMMAND ...", "", *lines, "", "memdlm COMMAND --help tells its options."]
     )
