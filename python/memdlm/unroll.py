@@ -228,10 +228,8 @@ class _Unrolled:
                     visit, before, kept, grad, anchor, parameters
                 )
             found = [*(below or [None] * len(anchor)), *own]
-            for index, value in enumerate(found):
-                if value is not None:
-                    total = totals[index]
-                    totals[index] = value if total is None else total + value
+            totals = [_sum(total, value) for total, value in zip(totals, found, strict=True)]
+            del below, own, found  # or they would stand beside the next step's graph
         return totals
 
     def _adjoint_of_step(
