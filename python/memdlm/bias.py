@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt
 from memdlm.data.dataset import load_examples, prepare_examples
 from memdlm.demo.examples import build_examples, check_demo_tokenizer
 from memdlm.evaluation.exposure_bias import STEPS, ExposureBias, check_canvas, exposure_bias
+from memdlm.evaluation.folders import folders_of, labels_of
 from memdlm.evaluation.held_out import Adapt, check_prompts, no_memory
 from memdlm.inference import Checkpoint, load_checkpoint
 from memdlm.prompt_memory import PromptMemory
@@ -70,12 +71,7 @@ class BiasOptions:
         for name, least in (("count", 2), ("steps", 2), ("batch_size", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if len(self.labels) != len(self.folders):
-            raise ValueError(
-                f"names must be as many as models, {len(self.folders)}, got {len(self.labels)}"
-            )
-        if len(set(self.labels)) < len(self.labels):
-            raise ValueError(f"names must all be different, got {', '.join(self.labels)}")
+        labels_of(self.names, self.folders)
         for name in ("dataset_split", "max_length"):
             if self.dataset is None and getattr(self, name) is not None:
                 raise ValueError(f"{name} would not be read: dataset is not given")
@@ -83,14 +79,12 @@ class BiasOptions:
     @property
     def folders(self) -> list[str]:
         """The models, one by one."""
-        return [folder.strip() for folder in self.models.split(",")]
+        return folders_of(self.models)
 
     @property
     def labels(self) -> list[str]:
         """Their names."""
-        if self.names is None:
-            return [Path(folder).name for folder in self.folders]
-        return [name.strip() for name in self.names.split(",")]
+        return labels_of(self.names, self.folders)
 
 
 def run_bias(options: BiasOptions) -> str:

@@ -3,10 +3,10 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from memdlm.config import MemoryConfig
+from memdlm.evaluation.folders import folders_of, labels_of
 
 CENTRE = "centre"
 VARIED = ("inner_steps", "inner_lr", "inner_max_norm")
@@ -77,12 +77,7 @@ class MetaBiasOptions:
         for name, least in (("count", 2), ("batch_size", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if len(self.labels) != len(self.folders):
-            raise ValueError(
-                f"names must be as many as models, {len(self.folders)}, got {len(self.labels)}"
-            )
-        if len(set(self.labels)) < len(self.labels):
-            raise ValueError(f"names must all be different, got {', '.join(self.labels)}")
+        labels_of(self.names, self.folders)
         for name in ("dataset_split", "max_length"):
             if self.dataset is None and getattr(self, name) is not None:
                 raise ValueError(f"{name} would not be read: dataset is not given")
@@ -91,14 +86,12 @@ class MetaBiasOptions:
     @property
     def folders(self) -> list[str]:
         """The models, one by one."""
-        return [folder.strip() for folder in self.models.split(",")]
+        return folders_of(self.models)
 
     @property
     def labels(self) -> list[str]:
         """Their names."""
-        if self.names is None:
-            return [Path(folder).name for folder in self.folders]
-        return [name.strip() for name in self.names.split(",")]
+        return labels_of(self.names, self.folders)
 
     def settings(self, memory: MemoryConfig) -> list[Setting]:
         """The inner loops to compare, each once, the model's own first.

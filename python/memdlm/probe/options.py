@@ -1,10 +1,10 @@
 """What `memdlm probe` can be told."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from memdlm.demo.examples import MIN_LENGTH
+from memdlm.evaluation.folders import folders_of, labels_of
 
 _COUNT, _LENGTH = 64, 256
 
@@ -57,12 +57,7 @@ class ProbeOptions:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        if len(self.labels) != len(self.folders):
-            raise ValueError(
-                f"names must be as many as models, {len(self.folders)}, got {len(self.labels)}"
-            )
-        if len(set(self.labels)) < len(self.labels):
-            raise ValueError(f"names must all be different, got {', '.join(self.labels)}")
+        labels_of(self.names, self.folders)
 
     @property
     def on_demo(self) -> bool:
@@ -82,11 +77,9 @@ class ProbeOptions:
     @property
     def folders(self) -> list[str]:
         """The models, one by one."""
-        return [folder.strip() for folder in self.model.split(",")]
+        return folders_of(self.model)
 
     @property
     def labels(self) -> list[str]:
         """Their names."""
-        if self.names is None:
-            return [Path(folder).name for folder in self.folders]
-        return [name.strip() for name in self.names.split(",")]
+        return labels_of(self.names, self.folders)
