@@ -135,6 +135,8 @@ class Suite:
         prompt_kv: whether `memdlm_prompt_kv` is measured.
         exact: whether `memdlm_exact` is, in the cost cases.
         op_rounds: timed rounds of an op, at most.
+        op_seconds: for about how long one is timed, with our default beside it.
+        op_visits: over how many visits its rounds are spread; beyond one, all cases lie in memory.
     """
 
     device: str
@@ -144,6 +146,8 @@ class Suite:
     sweeps: list[StepCase]
     repeats: int
     op_rounds: int
+    op_seconds: float = 0.7
+    op_visits: int = 1
     naive_every: int = 1
     prompt_kv: bool = True
     exact: bool = True
@@ -170,6 +174,8 @@ SUITES = {
         sweeps=_varied(SMALL["tiny"], length=[128]),
         repeats=12,
         op_rounds=201,
+        op_seconds=1.8,
+        op_visits=24,
         naive_every=3,
         prompt_kv=False,
         exact=False,

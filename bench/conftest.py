@@ -13,16 +13,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("memdlm ops")
     group.addoption("--suite", choices=SUITE_NAMES, help="which cases (default: quick)")
     group.addoption("--device", help="where to run (default: cuda for the suite gpu, else cpu)")
-    group.addoption("--rounds", type=int, default=9, help="timed rounds of a variant")
+    group.addoption("--rounds", type=int, default=9, help="timed rounds of a variant, at most")
+    group.addoption("--seconds", type=float, default=0.7, help="for about how long to time one")
+    group.addoption(
+        "--visits",
+        type=int,
+        default=1,
+        help="over how many visits to spread these rounds; beyond one, all cases lie in memory",
+    )
     group.addoption("--rows", help="append one JSON line per variant to this file")
     group.addoption("--run", help="UTC ISO time of the invocation that the rows belong to")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Refuse a GPU where there is none, before anything is built for it."""
+    """Refuse what cannot be, a GPU where there is none, before anything is built for it."""
     device = _device(config)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError(f"--device must be cpu where torch finds no GPU, got {device}")
+    for name in ("--rounds", "--visits"):
+        if config.getoption(name) < 1:
+            raise pytest.UsageError(f"{name} must be at least 1, got {config.getoption(name)}")
 
 
 @pytest.fixture(scope="session")

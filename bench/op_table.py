@@ -1,6 +1,6 @@
 """Rows of the op benchmark as Markdown."""
 
-from bench.ratios import by_op, op_base
+from bench.ratios import by_op, op_base, over_base
 from bench.results import Row
 from bench.table import figure, or_dash, table
 
@@ -36,7 +36,7 @@ def every_op(ops: list[Row]) -> list[str]:
         if "p50_ms" in row:
             seconds = row["p50_ms"] / 1e3
             cells += [figure(row[key]) for key in ("p20_ms", "p50_ms", "p80_ms")]
-            cells.append(f"{row['p50_ms'] / row['base_ms']:.2f}")
+            cells.append(f"{over_base(row):.2f}")
             cells += [figure(row[key] / seconds / 1e9) for key in ("flops", "bytes")]
             cells += [figure(row["peak_mib"]), or_dash(row["error"], "{:.1e}")]
         else:
@@ -62,7 +62,7 @@ def _time_and_peak(row: Row) -> str:
 def _beside(row: Row) -> str:
     if "p50_ms" not in row:
         return f"{row['variant']}: **wrong**, so not timed"
-    return f"{row['variant']}: {_time_and_peak(row)}, {row['p50_ms'] / row['base_ms']:.2f} ×"
+    return f"{row['variant']}: {_time_and_peak(row)}, {over_base(row):.2f} ×"
 
 
 def _one_line(text: str) -> str:

@@ -1,5 +1,6 @@
 """Rows of `bench.prompt_kv` in Markdown, and as the sentence in the option's docstring."""
 
+from bench.ratios import over_base
 from bench.results import Row
 from bench.table import table
 
@@ -53,7 +54,7 @@ def lines(rows: list[Row]) -> list[str]:
                     "memory_gradient_change",
                 )
             ),
-            f"{row['p50_ms'] / row['exact_ms']:.2f}",
+            f"{over_base(row):.2f}",
         ]
         for row in rows
     ]
@@ -76,7 +77,7 @@ def sentence(rows: list[Row]) -> str:
         return ", ".join(form.format(row[key]) for row in own)
 
     shares = ", ".join(f"{100 * row['prompt_share']:.0f}" for row in own)
-    times = ", ".join(f"{row['p50_ms'] / row['exact_ms']:.2f}" for row in own)
+    times = ", ".join(f"{over_base(row):.2f}" for row in own)
     return (
         f"On the demo's model after {first['train_steps']} training steps, with K = {_SENTENCE_K} "
         f"and prompts of {shares} % of {first['length']} tokens: cosine to the exact fast weights' "

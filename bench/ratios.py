@@ -42,27 +42,44 @@ def over(case: Case, base: str, key: str = "p50_ms") -> float:
     Args:
         case: from `cost_cases`.
         base: "mdlm_all_rows" or "mdlm".
-        key: "p50_ms", "peak_mib" or "flops".
+        key: "p50_ms" for time, "peak_mib" or "flops".
 
     Returns:
-        The ratio.
+        The ratio; of time as `time_over` has it.
     """
-    return case["memdlm", SHOWN_K][key] / case[base, None][key]
+    own, standard = case["memdlm", SHOWN_K], case[base, None]
+    return time_over(own, standard) if key == "p50_ms" else own[key] / standard[key]
 
 
-def naive_over_memdlm(case: Case, k: int) -> float:
-    """The time of the method written plainly over ours, with K = k.
+def time_over(row: Row, standard: Row) -> float:
+    """The time of a step over another's: the median of `by_round`.
 
-    Of the rounds that both took part in: the slow one may leave out some (`every`).
+    Not the ratio of two medians: these may be of rounds far apart, in which the machine was not the
+    same (docs/decisions/ratios_by_round.md).
     """
-    naive, own = case["memdlm_naive", k], case["memdlm", k]
-    return median(naive["times_ms"]) / median(own["times_ms"][:: naive.get("every", 1)])
+    return median(by_round(row, standard))
 
 
 def by_round(row: Row, standard: Row) -> list[float]:
-    """Times over those of a standard, round by round: both took part in each."""
-    pairs = zip(row["times_ms"], standard["times_ms"], strict=True)
-    return [own / other for own, other in pairs]
+    """Times over those of a standard, round by round.
+
+    Args:
+        row: of a step, which took part in each nth round (`every`).
+        standard: of a step that took part in all of them.
+
+    Returns:
+        A ratio for each round that both took part in.
+    """
+    return _quotients(row["times_ms"], standard["times_ms"][:: row["every"]])
+
+
+def over_base(row: Row) -> float:
+    """The time of what ran beside a base in each round over the base's: the median of ratios.
+
+    Args:
+        row: of an op, whose base is our default backend, or of `bench.prompt_kv`: the exact step.
+    """
+    return median(_quotients(row["times_ms"], row["base_times_ms"]))
 
 
 def by_op(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
@@ -88,7 +105,7 @@ def op_base(variants: list[Row]) -> Row | None:
 
 
 def ratios(rows: list[Row]) -> dict[str, float]:
-    """Every ratio of medians that the tables show: what it is of, to its value."""
+    """Every ratio of times that the tables show: what it is of, to its value."""
     found = {}
     for case, own in by_case(rows).items():
         for (variant, k), row in own.items():
@@ -96,14 +113,14 @@ def ratios(rows: list[Row]) -> dict[str, float]:
                 for base in ("mdlm", "mdlm_all_rows"):
                     if (base, None) in own:
                         name = f"memdlm/{base} K={k}, {case}"
-                        found[name] = row["p50_ms"] / own[base, None]["p50_ms"]
+                        found[name] = time_over(row, own[base, None])
             elif variant == "memdlm_naive" and ("memdlm", k) in own:
                 name = f"memdlm_naive/memdlm K={k}, {case}"
-                found[name] = naive_over_memdlm(own, k)
+                found[name] = time_over(row, own["memdlm", k])
     for (op, case), variants in by_op(rows).items():
         for row in variants:
             if "p50_ms" in row and row is not op_base(variants):
-                found[f"{row['variant']} of {op}, {case}"] = row["p50_ms"] / row["base_ms"]
+                found[f"{row['variant']} of {op}, {case}"] = over_base(row)
     return found
 
 
@@ -133,3 +150,7 @@ def against_previous(rows: list[Row], run: str) -> str | None:
                 f"{100 * moved[worst]:.1f} %, at {worst} ({old[worst]:.3f}, now {now[worst]:.3f})"
             )
     return None
+
+
+def _quotients(times_ms: list[float], others_ms: list[float]) -> list[float]:
+    return [own / other for own, other in zip(times_ms, others_ms, strict=True)]

@@ -12,14 +12,14 @@ _EVERY = {"bench", "suite", "run"} | _MACHINE
 _TIMES = {"times_ms", "p20_ms", "p50_ms", "p80_ms", "peak_mib"}
 _STEP = {
     *("case", "model", "batch_size", "length", "prompt_share", "outer", "gradient_checkpointing"),
-    *("dtype", "variant", "k", "rss_mib", "flops", "tokens"),
+    *("dtype", "variant", "k", "every", "rss_mib", "flops", "tokens"),
     *("parts_ms", "calls", "launches", "host_reads"),
 }
 _OP = _EVERY | {"op", "case", "dtype", "variant"}
 _CHECKED_OP = _OP | {"error", "wrong", "flops", "bytes"}
 KEYS = {
     "step": _EVERY | _TIMES | _STEP,
-    "op": _CHECKED_OP | _TIMES | {"base_ms"},
+    "op": _CHECKED_OP | _TIMES | {"base_times_ms"},
     "roof": _EVERY | {"dtype", "gemm_gflops", "copy_gb_s"},
     "prompt_kv": _EVERY
     | {
@@ -30,10 +30,11 @@ KEYS = {
         "prompt_share",
         "k",
         "batches",
-        "exact_ms",
+        "times_ms",
         "p20_ms",
         "p50_ms",
         "p80_ms",
+        "base_times_ms",
         "fast_weight_cosine",
         "fast_weight_cosine_min",
         "loss_change",

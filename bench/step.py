@@ -18,6 +18,7 @@ import memdlm_kernels.flops  # noqa: F401 - registers the formulas
 from bench.breakdown import profile_steps
 from bench.cases import MODELS, SMALL, StepCase
 from bench.operator_counts import OperatorCounts
+from bench.ratios import time_over
 from bench.timing import interleaved_ms, machine, peak_mib, percentiles, rss_mib, write_rows
 from bench.variants import Step, check_losses, collation_ms, make_steps, memory_of
 from memdlm.models.published import PUBLISHED
@@ -233,16 +234,16 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     The floor is the ratio of FLOPs to `mdlm`: what the method costs if every FLOP costs the same.
     """
     first = {row["variant"]: row for row in reversed(rows)}
+    mdlm, all_rows = first["mdlm"], first.get("mdlm_all_rows")
     print(f"\n{rows[0]['case']}, {rows[0]['dtype']}, {rows[0]['device']}")
     print(
         f"{'variant':<17}{'K':>2}{'p50 ms':>10}{'/all rows':>11}{'/mdlm':>8}{'floor':>8}"
         f"{'/floor':>8}{'tokens/s':>11}{'peak MiB':>10}{'calls':>8}{'host reads':>12}"
     )
     for row in rows:
-        over_mdlm = row["p50_ms"] / first["mdlm"]["p50_ms"]
-        floor = row["flops"] / first["mdlm"]["flops"]
-        all_rows = first.get("mdlm_all_rows")
-        over_all = f"{row['p50_ms'] / all_rows['p50_ms']:.2f}" if all_rows else "-"
+        over_mdlm = time_over(row, mdlm)
+        floor = row["flops"] / mdlm["flops"]
+        over_all = f"{time_over(row, all_rows):.2f}" if all_rows else "-"
         print(
             f"{row['variant']:<17}{row['k'] or '':>2}{row['p50_ms']:>10.1f}{over_all:>11}"
             f"{over_mdlm:>8.2f}{floor:>8.2f}{over_mdlm / floor:>8.2f}"

@@ -1,6 +1,6 @@
 """Rows of `bench.step` as Markdown."""
 
-from bench.ratios import SHOWN_K, by_case, cost_cases, naive_over_memdlm, over
+from bench.ratios import SHOWN_K, by_case, cost_cases, over, time_over
 from bench.results import Row
 from bench.table import figure, or_dash, span, table
 
@@ -37,7 +37,7 @@ def findings(steps: list[Row]) -> list[str]:
     )
     naive = [case for case in cases if ("memdlm_naive", SHOWN_K) in case]
     if naive:
-        own = [naive_over_memdlm(case, SHOWN_K) for case in naive]
+        own = [time_over(case["memdlm_naive", SHOWN_K], case["memdlm", SHOWN_K]) for case in naive]
         lines.append(f"- The same method written plainly takes {span(own)} the time of ours.")
     return lines
 
@@ -85,9 +85,10 @@ def every_step(steps: list[Row]) -> list[str]:
         for (variant, k), row in case.items():
             cells = [name, f"`{variant}`", or_dash(k)]
             cells += [figure(row[key]) for key in ("p20_ms", "p50_ms", "p80_ms")]
-            for base, key in (*((base, "p50_ms") for base in _STANDARDS), ("mdlm", "flops")):
-                standard = case.get((base, None))
-                cells.append("-" if standard is None else f"{row[key] / standard[key]:.2f}")
+            standards = [case.get((base, None)) for base in _STANDARDS]
+            cells += ["-" if each is None else f"{time_over(row, each):.2f}" for each in standards]
+            mdlm = case.get(("mdlm", None))
+            cells.append("-" if mdlm is None else f"{row['flops'] / mdlm['flops']:.2f}")
             cells += [f"{row['flops'] / 1e9:,.0f}", f"{1e3 * row['tokens'] / row['p50_ms']:,.0f}"]
             cells += [or_dash(row[key], "{:,.0f}") for key in ("peak_mib", "rss_mib")]
             cells += [or_dash(row[key], "{:,}") for key in ("calls", "launches", "host_reads")]

@@ -4,22 +4,26 @@ Every variant of a case gets the same inputs, and is compared with the op's refe
 before it is timed. A backend of ours that is wrong fails; another library's is reported, in its
 row and as an expected failure: it says something about that library, and the run goes on. What
 cannot run here is skipped, with the reason. In each timed round our default backend runs first, so
-that a slow spell of the machine meets both.
+that a slow spell of the machine meets both. With `--visits N` the rounds of each are spread over
+the whole run: the machine's spells differ in what they slow, a cache or the arithmetic.
 """
 
 import datetime
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from bench.op_cases.case import Case, Variant, text
-from bench.op_cases.measure import Problem, build, measure
+from bench.op_cases.measure import Problem, Timing, build, check
 from bench.op_cases.roof import roof
 from bench.op_cases.suites import op_cases
 from bench.timing import machine, write_rows
+
+Checked = dict[str, Any] | Timing  # of `check`
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -53,6 +57,25 @@ def write(request: pytest.FixtureRequest, device: torch.device) -> Callable[[dic
     return lambda row: write_rows(path, [row | facts])
 
 
+@pytest.fixture(scope="session")
+def keep(
+    request: pytest.FixtureRequest, write: Callable[[dict[str, Any]], None]
+) -> Iterator[Callable[[Checked], None]]:
+    """Write a variant's row; with more visits than one, after the last of all variants' visits."""
+    visits = request.config.getoption("--visits")
+    kept: list[Checked] = []
+    if visits == 1:  # at once: what a case holds is let go before the next
+        yield lambda checked: write(_row(checked))
+    else:
+        yield kept.append
+    timings = [checked for checked in kept if isinstance(checked, Timing)]
+    for number in tqdm(range(1, visits), desc="visits", disable=not timings):
+        for timing in timings:
+            timing.visit(number, visits)
+    for checked in kept:
+        write(_row(checked))
+
+
 @pytest.fixture(scope="module")
 def problem(request: pytest.FixtureRequest, device: torch.device) -> Problem:
     """A case's inputs and truth."""
@@ -71,7 +94,7 @@ def test_roof(
 def test_op(
     problem: Problem,
     variant: Variant,
-    write: Callable[[dict[str, Any]], None],
+    keep: Callable[[Checked], None],
     benchmark: Any,
     request: pytest.FixtureRequest,
 ) -> None:
@@ -85,13 +108,22 @@ def test_op(
         benchmark.pedantic(run, setup=before, rounds=rounds)
         return [1e3 * seconds for seconds in benchmark.stats.stats.data]
 
-    row = measure(problem, variant, request.config.getoption("--rounds"), timer)
-    write(row)
+    rounds, seconds, visits = map(request.config.getoption, ("--rounds", "--seconds", "--visits"))
+    checked = check(problem, variant, rounds, seconds)
+    if isinstance(checked, Timing):
+        checked.visit(0, visits, timer)
+    keep(checked)
+    row = _row(checked)
     if "skipped" in row:
         pytest.skip(row["skipped"])
-    if row["wrong"]:
-        message = f"{variant.name} is off by {row['error']}, more than {case.bar:.1e}"
-        if variant.role == "peer":
-            pytest.xfail(f"{case.op}, {case.name}: {message}")
-        pytest.fail(message)
-    benchmark.extra_info |= {name: row[name] for name in ("base_ms", "peak_mib", "error")}
+    if not row["wrong"]:
+        benchmark.extra_info |= {name: row[name] for name in ("peak_mib", "error")}
+        return
+    message = f"{variant.name} is off by {row['error']}, more than {case.bar:.1e}"
+    if variant.role == "peer":
+        pytest.xfail(f"{case.op}, {case.name}: {message}")
+    pytest.fail(message)
+
+
+def _row(checked: Checked) -> dict[str, Any]:
+    return checked.row() if isinstance(checked, Timing) else checked

@@ -11,7 +11,7 @@ import torch
 from bench.cases import SUITES
 from bench.op_cases import op_cases, run_ops
 from bench.op_cases.case import Variant, text
-from bench.op_cases.measure import build, measure
+from bench.op_cases.measure import Timing, build, check
 from bench.op_cases.suites import SUITE_NAMES
 from memdlm_kernels import list_backends
 
@@ -31,14 +31,11 @@ def nothing_old_is_collected():
     gc.unfreeze()
 
 
-def in_one_round(run, before, rounds):
-    before()
-    run()
-    return [1.0]
-
-
-def never(run, before, rounds):
-    raise AssertionError("timed")
+def untimed(problem, variant):
+    """What `check` says of a variant that is not to be timed."""
+    row = check(problem, variant, 5, 0.1)
+    assert isinstance(row, dict)
+    return row
 
 
 def as_id(case):
@@ -74,16 +71,55 @@ def test_no_bar_lets_much_pass(suite):
 @pytest.mark.parametrize("case", TINY, ids=as_id)
 def test_every_variant_of_a_tiny_case_is_right_or_says_why_it_does_not_run(case):
     problem = build(case, CPU)
-    rows = [measure(problem, variant, 5, in_one_round) for variant in case.variants]
-    timed = [row for row in rows if "skipped" not in row]
-    assert [row["variant"] for row in timed if row["wrong"]] == []
-    assert all({"times_ms", "p50_ms", "base_ms", "peak_mib"} <= row.keys() for row in timed)
     # Without a GPU these alone may be missing, Triton and CUDA, and what is built on them.
     gpu_only = ("triton", "cuda", "Liger", "cut-cross-entropy", "F.linear_cross_entropy")
-    for row in rows:
-        if "skipped" in row:
-            assert any(name in row["variant"] for name in gpu_only), row
+    rows = []
+    for variant in case.variants:
+        checked = check(problem, variant, rounds=3, seconds=0.0)
+        if isinstance(checked, Timing):
+            checked.visit(0, 1)
+            checked = checked.row()
+            assert {"times_ms", "p50_ms", "base_times_ms", "peak_mib"} <= checked.keys()
+            assert not checked["wrong"]
+        else:
+            assert any(name in checked["variant"] for name in gpu_only), checked
+        rows.append(checked)
     assert json.loads(json.dumps(rows, allow_nan=False)) == rows
+
+
+@pytest.mark.parametrize(("rounds", "visits"), [(1, 1), (7, 1), (7, 3), (3, 7), (24, 24)])
+def test_rounds_are_spread_evenly_over_the_visits(rounds, visits):
+    timing = Timing(build(TINY[0], CPU), lambda: None, rounds, {"variant": "nothing"})
+    done = [0]
+    for number in range(visits):
+        timing.visit(number, visits)
+        done.append(len(timing.times_ms))
+        assert done[-1] - rounds * (number + 1) / visits == pytest.approx(0.5, abs=0.5)
+    assert done[-1] == rounds
+    row = timing.row()
+    assert len(row["base_times_ms"]) == len(row["times_ms"]) == rounds
+    assert min(row["times_ms"] + row["base_times_ms"]) >= 0
+
+
+def test_the_base_runs_before_each_round_and_once_untimed_when_a_visit_comes_back():
+    order = []
+
+    def run():
+        order.append("run")
+        return ()
+
+    def base():
+        order.append("base")
+        return ()
+
+    problem = dataclasses.replace(build(TINY[0], CPU), base=base)
+    timing = Timing(problem, run, 4, {})
+    timing.visit(0, 2)
+    assert order == ["base", "run"] * 2
+    order.clear()
+    timing.visit(1, 2)
+    assert order == ["base", *["base", "run"] * 2]
+    assert len(timing.base_times_ms) == 4
 
 
 @pytest.mark.parametrize("case", TINY, ids=as_id)
@@ -92,7 +128,7 @@ def test_a_result_off_by_twice_the_bar_is_wrong_and_not_timed(case):
     # The last result: a gradient, where there is one. No rounding hides a float64's difference.
     off = list(problem.truth)
     off[-1] = off[-1] * (1 + 2 * case.bar)
-    row = measure(problem, Variant("planted", lambda inputs: lambda: off), 5, never)
+    row = untimed(problem, Variant("planted", lambda inputs: lambda: off))
     assert row["wrong"]
     assert row["error"] == pytest.approx(2 * case.bar)
     assert "p50_ms" not in row
@@ -111,7 +147,7 @@ def test_one_element_that_is_no_number_is_wrong(op, value):
         planted = dataclasses.replace(
             variant, name="planted", backend=None, make=lambda inputs: lambda: off
         )
-        row = measure(problem, planted, 5, never)
+        row = untimed(problem, planted)
         assert row["wrong"]
         assert row["error"] is None
 
@@ -119,7 +155,7 @@ def test_one_element_that_is_no_number_is_wrong(op, value):
 def test_results_of_another_shape_are_wrong():
     problem = build(TINY[0], CPU)
     off = [tensor[None] for tensor in problem.truth]
-    assert measure(problem, Variant("planted", lambda inputs: lambda: off), 5, never)["wrong"]
+    assert untimed(problem, Variant("planted", lambda inputs: lambda: off))["wrong"]
 
 
 def test_other_random_numbers_may_not_be_constant_or_leave_B_as_it_was():
@@ -131,7 +167,7 @@ def test_other_random_numbers_may_not_be_constant_or_leave_B_as_it_was():
     kept[kept == 0] = 1.0
     for planted in (flat, kept):
         variant = dataclasses.replace(peer, make=lambda inputs, off=planted: lambda: [off])
-        assert measure(problem, variant, 5, never)["wrong"]
+        assert untimed(problem, variant)["wrong"]
 
 
 def test_an_error_of_ours_is_not_taken_for_a_reason_to_skip():
@@ -139,12 +175,15 @@ def test_an_error_of_ours_is_not_taken_for_a_reason_to_skip():
         raise RuntimeError("broken")
 
     problem = build(TINY[0], CPU)
-    assert "broken" in measure(problem, Variant("peer", broken), 5, never)["skipped"]
+    assert "broken" in untimed(problem, Variant("peer", broken))["skipped"]
     with pytest.raises(RuntimeError, match="broken"):
-        measure(problem, Variant("ours", broken, "ours"), 5, never)
+        untimed(problem, Variant("ours", broken, "ours"))
 
 
-def test_a_run_fails_where_ours_is_wrong_and_only_says_so_of_a_peer(tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize("visits", [1, 2])
+def test_a_run_fails_where_ours_is_wrong_and_only_says_so_of_a_peer(
+    visits, tmp_path, monkeypatch, capfd
+):
     (tmp_path / "planted.py").write_text(
         "from bench.op_cases import cross_entropy\n"
         "ours, peer = cross_entropy._ours_logits, cross_entropy._kl_div\n"
@@ -157,7 +196,8 @@ def test_a_run_fails_where_ours_is_wrong_and_only_says_so_of_a_peer(tmp_path, mo
     chosen = "(masked_linear_kl or masked_cross_entropy) and not bfloat16"
     monkeypatch.setenv("PYTEST_ADDOPTS", f"-p planted -k '{chosen}'")
     path = tmp_path / "ops.jsonl"
-    run, suite = "2026-01-01T00:00:00+00:00", dataclasses.replace(SUITES["quick"], op_rounds=2)
+    run = "2026-01-01T00:00:00+00:00"
+    suite = dataclasses.replace(SUITES["quick"], op_rounds=2, op_visits=visits)
 
     assert run_ops("tiny", suite, run, path) == 1
     said = capfd.readouterr().out

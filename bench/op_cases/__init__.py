@@ -20,7 +20,7 @@ def run_ops(suite_name: str, suite: Suite, run: str, path: Path) -> int:
 
     Args:
         suite_name: "tiny", "quick", "cpu" or "gpu".
-        suite: its device and rounds.
+        suite: its device, and how long its ops are timed.
         run: UTC ISO seconds at which the invocation began.
         path: of the rows.
 
@@ -30,5 +30,6 @@ def run_ops(suite_name: str, suite: Suite, run: str, path: Path) -> int:
     command = [sys.executable, "-m", "pytest", "bench/test_ops.py", "-q", "-rfEx"]
     command += ["-p", "no:cacheprovider", "--benchmark-columns=min,median,rounds"]
     command += ["--suite", suite_name, "--device", suite.device, "--rounds", str(suite.op_rounds)]
+    command += ["--seconds", str(suite.op_seconds), "--visits", str(suite.op_visits)]
     command += ["--run", run, "--rows", str(Path(path).resolve())]
     return subprocess.run(command, cwd=_ROOT).returncode

@@ -1,10 +1,9 @@
 """Measure one variant of a case: first whether it is right, then its memory and time."""
 
 import math
-import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,9 +25,8 @@ from bench.timing import peak_mib, percentiles
 # Of (what is timed, what runs before each round, rounds): the rounds' times in milliseconds.
 Timer = Callable[[Callable[[], None], Callable[[], None], int], list[float]]
 
-# A variant and its base are timed for about so many seconds, in five rounds at least; where one
-# run takes longer than that, as the largest cases' oracles do, in two: times_ms say how often.
-_SECONDS = 0.7
+# Rounds at least; where one run takes more than all of its time, as the largest cases' oracles do,
+# the latter: times_ms say how often.
 _LEAST_ROUNDS = 5
 _ROUNDS_OF_THE_SLOW = 2
 # What another library may raise where it does not work with what is installed here.
@@ -84,18 +82,72 @@ def build(case: Case, device: torch.device) -> Problem:
     return Problem(case, device, inputs, results, base, _seconds(base, device), flops)
 
 
-def measure(problem: Problem, variant: Variant, rounds: int, timer: Timer) -> dict[str, Any]:
-    """Compare a variant with the truth, and time it beside the base if it is right.
+@dataclass
+class Timing:
+    """A variant that is right, and its times so far.
+
+    Attributes:
+        problem: its case.
+        run: what is timed.
+        rounds: how many it is to have.
+        checked: fields of its row: what is known before it is timed.
+        times_ms: of each round.
+        base_times_ms: of the base, which ran before it in the same round.
+    """
+
+    problem: Problem
+    run: Run
+    rounds: int
+    checked: dict[str, Any]
+    times_ms: list[float] = field(default_factory=list)
+    base_times_ms: list[float] = field(default_factory=list)
+
+    def visit(self, number: int, visits: int, timer: Timer | None = None) -> None:
+        """Time the rounds that are due.
+
+        Args:
+            number: of this visit, from 0.
+            visits: over how many the rounds are spread.
+            timer: how; None for a plain loop.
+        """
+        due = -(-self.rounds * (number + 1) // visits) - len(self.times_ms)
+        if not due:
+            return
+        device = self.problem.device
+        if number:  # others ran since, and what they left is in the caches
+            _finish(self.problem.base, device)
+        self.times_ms += (timer or _loop)(
+            lambda: _finish(self.run, device),
+            lambda: self.base_times_ms.append(self._time_base()),
+            due,
+        )
+
+    def row(self) -> dict[str, Any]:
+        """The fields of its row."""
+        return self.checked | {
+            "times_ms": [round(value, 4) for value in self.times_ms],
+            **percentiles(self.times_ms),
+            "base_times_ms": [round(value, 4) for value in self.base_times_ms],
+        }
+
+    def _time_base(self) -> float:
+        return 1e3 * _seconds(self.problem.base, self.problem.device)
+
+
+def check(
+    problem: Problem, variant: Variant, rounds: int, seconds: float
+) -> dict[str, Any] | Timing:
+    """Compare a variant with the truth, and measure its memory if it is right.
 
     Args:
         problem: the case.
         variant: one of its variants.
-        rounds: how often to time it, if it is not slow.
-        timer: how.
+        rounds: how often to time it at most.
+        seconds: for about how long, its base's time included.
 
     Returns:
-        The fields of a row: `skipped` where the variant does not run here; else `error` and
-        `wrong`, and unless it is wrong times and memory.
+        What is to be timed; or, where there is nothing to time, the fields of a row: `skipped` if
+        the variant does not run here, else `error` and `wrong`.
 
     Raises:
         Exception: whatever a variant of our own raises.
@@ -137,20 +189,10 @@ def measure(problem: Problem, variant: Variant, rounds: int, timer: Timer) -> di
             return row
     del results
     row["peak_mib"] = round(peak_mib(run, device), 3)
-    seconds = _seconds(run, device)
-    least = _LEAST_ROUNDS if seconds < _SECONDS else _ROUNDS_OF_THE_SLOW
-    rounds = min(rounds, max(least, int(_SECONDS / (seconds + problem.base_seconds))))
-    base_ms: list[float] = []
-    times_ms = timer(
-        lambda: _finish(run, device),
-        lambda: base_ms.append(1e3 * _seconds(problem.base, device)),
-        rounds,
-    )
-    return row | {
-        "times_ms": [round(value, 4) for value in times_ms],
-        **percentiles(times_ms),
-        "base_ms": round(statistics.median(base_ms), 4),
-    }
+    one = _seconds(run, device)
+    least = _LEAST_ROUNDS if one < seconds else _ROUNDS_OF_THE_SLOW
+    rounds = min(rounds, max(least, int(seconds / (one + problem.base_seconds))))
+    return Timing(problem, run, rounds, row)
 
 
 def _widened(tensor: torch.Tensor) -> torch.Tensor:
@@ -185,3 +227,13 @@ def _finish(run: Run, device: torch.device) -> None:
     run()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _loop(run: Callable[[], None], before: Callable[[], None], rounds: int) -> list[float]:
+    times_ms = []
+    for _ in range(rounds):
+        before()
+        start = time.perf_counter()
+        run()
+        times_ms.append(1e3 * (time.perf_counter() - start))
+    return times_ms

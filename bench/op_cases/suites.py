@@ -64,22 +64,22 @@ def _tiny() -> list[Case]:
 
 def _quick() -> list[Case]:
     return [
-        cross_entropy.linear_case(2_048, 205, 512, 32_000, _F32),
-        cross_entropy.linear_case(2_048, 205, 512, 32_000, _F32, head_trains=True),
-        cross_entropy.logits_case(2_048, 205, 32_000, _F32),
-        cross_entropy.kl_case(205, 512, 32_000, _F32),
+        cross_entropy.linear_case(1_024, 128, 512, 8_192, _F32),
+        cross_entropy.linear_case(1_024, 128, 512, 8_192, _F32, head_trains=True),
+        cross_entropy.logits_case(1_024, 128, 8_192, _F32),
+        cross_entropy.kl_case(128, 512, 8_192, _F32),
         *(lora.lora_case(1, 1_024, 384, 1_024, _F32, wanted) for wanted in _GRADIENTS),
         lora.lora_case(1, 1_024, 384, 1_024, _F32, ("B",), B_is_zero=True),
-        experts.linear_case(8_192, 64, 256, 256, _F32, ("x",)),
+        experts.linear_case(4_096, 32, 256, 256, _F32, ("x",)),
         *(
-            experts.lora_case(1, 64, 8_192, 256, 256, 2, _F32, wanted)
+            experts.lora_case(1, 32, 4_096, 256, 256, 2, _F32, wanted)
             for wanted in (_INNER, _OUTER, ())
         ),
         experts.layer_case(1_024, 256, 128, 64, 8, _F32),
         ffn.dense_case(1_024, 384, 1_024, _F32, _GATED_INNER),
         ffn.activation_case(1_024, 1_024, _F32),
         fast_weights.sgd_case(1, (22_528,) * 24, _F32),
-        fast_weights.sgd_case(1, (200_000,) * 200, _F32),
+        fast_weights.sgd_case(1, (2_048,) * 200, _F32),
         fast_weights.function_case(1, (22_528,) * 24, _F32),
         fast_weights.reset_case(1, (22_528,) * 24, _F32),
     ]
