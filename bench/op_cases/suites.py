@@ -66,7 +66,8 @@ def _quick() -> list[Case]:
     return [
         cross_entropy.linear_case(1_024, 128, 512, 8_192, _F32),
         cross_entropy.linear_case(1_024, 128, 512, 8_192, _F32, head_trains=True),
-        cross_entropy.logits_case(1_024, 128, 8_192, _F32),
+        # Buffers of 32 MiB and more come fresh from the kernel each time: all would time that.
+        cross_entropy.logits_case(1_024, 128, 4_096, _F32),
         cross_entropy.kl_case(128, 512, 8_192, _F32),
         *(lora.lora_case(1, 1_024, 384, 1_024, _F32, wanted) for wanted in _GRADIENTS),
         lora.lora_case(1, 1_024, 384, 1_024, _F32, ("B",), B_is_zero=True),
@@ -94,7 +95,11 @@ def _cpu() -> list[Case]:
         (1, 2, 2_048, 2_048, 2_048, 2),
     )
     more = [
+        cross_entropy.linear_case(2_048, 205, 512, 32_000, _F32),
+        cross_entropy.linear_case(2_048, 205, 512, 32_000, _F32, head_trains=True),
         cross_entropy.linear_case(2_048, 1_024, 512, 32_000, _F32),
+        cross_entropy.logits_case(2_048, 205, 32_000, _F32),
+        cross_entropy.kl_case(205, 512, 32_000, _F32),
         *(lora.lora_case(*layer, _F32, wanted) for layer in layers for wanted in (_INNER, _OUTER)),
         *(
             experts.lora_case(*group, _F32, wanted)
@@ -102,10 +107,15 @@ def _cpu() -> list[Case]:
             for wanted in (_INNER, _OUTER)
         ),
         experts.lora_case(1, 64, 8_192, 256, 256, 2, _F32, ("x", "base", *_INNER)),
-        experts.linear_case(8_192, 64, 256, 256, _F32, ()),
+        *(experts.linear_case(8_192, 64, 256, 256, _F32, wanted) for wanted in ((), ("x",))),
+        *(
+            experts.lora_case(1, 64, 8_192, 256, 256, 2, _F32, wanted)
+            for wanted in (_INNER, _OUTER, ())
+        ),
         ffn.dense_case(1_024, 384, 1_024, _F32, _GATED_OUTER),
         ffn.experts_case(8_192, 64, 256, 128, _F32, ("x", "gate", *_INNER)),
         fast_weights.sgd_case(8, (22_528,) * 24, _F32),
+        fast_weights.sgd_case(1, (200_000,) * 200, _F32),
         fast_weights.reset_case(8, (22_528,) * 24, _F32),
         fast_weights.reset_case(1, (200_000,) * 20, _F32),
     ]
