@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 from tqdm import tqdm
@@ -225,14 +226,14 @@ def _git(*words: str) -> str:
 
 
 def print_table(case: StepCase, revision: str, found: dict[str, Comparison]) -> None:
-    """Print both medians and the spread of the rounds' ratios, and losses that differ."""
+    """Print both medians, the rounds' mean ratio and its spread, and losses that differ."""
     print(f"\n{case.name}")
     print(f"{'variant':<22}{'this ms':>10}{revision + ' ms':>16}{'ratio':>8}{'p20':>7}{'p80':>7}")
     for name, own in found.items():
         this, other = percentiles(own.this_ms)["p50_ms"], percentiles(own.other_ms)["p50_ms"]
         spread = percentiles(own.ratios)
         print(
-            f"{name:<22}{this:>10.1f}{other:>16.1f}{spread['p50_ms']:>8.3f}"
+            f"{name:<22}{this:>10.1f}{other:>16.1f}{geometric_mean(own.ratios):>8.3f}"
             f"{spread['p20_ms']:>7.3f}{spread['p80_ms']:>7.3f}"
         )
     for name, own in found.items():

@@ -1,6 +1,7 @@
 """Ratios of the rows of one run, and how they differ from those of another."""
 
-from statistics import median
+from itertools import accumulate, pairwise
+from statistics import geometric_mean, median
 
 from bench.results import Row
 
@@ -52,12 +53,12 @@ def over(case: Case, base: str, key: str = "p50_ms") -> float:
 
 
 def time_over(row: Row, standard: Row) -> float:
-    """The time of a step over another's: the median of `by_round`.
+    """The time of a step over another's: the geometric mean of `by_round`.
 
-    Not the ratio of two medians: these may be of rounds far apart, in which the machine was not the
-    same (docs/decisions/ratios_by_round.md).
+    Not the ratio of two medians, which leaps where the machine's spells come in two kinds
+    (docs/decisions/ratios_of_times.md).
     """
-    return median(by_round(row, standard))
+    return geometric_mean(by_round(row, standard))
 
 
 def by_round(row: Row, standard: Row) -> list[float]:
@@ -74,12 +75,17 @@ def by_round(row: Row, standard: Row) -> list[float]:
 
 
 def over_base(row: Row) -> float:
-    """The time of what ran beside a base in each round over the base's: the median of ratios.
+    """The time of what ran beside a base in each round over the base's.
 
     Args:
         row: of an op, whose base is our default backend, or of `bench.prompt_kv`: the exact step.
+
+    Returns:
+        The median over the rounds of a visit, of these the geometric mean over the visits.
     """
-    return median(_quotients(row["times_ms"], row["base_times_ms"]))
+    quotients = _quotients(row["times_ms"], row["base_times_ms"])
+    ends = list(accumulate(row.get("visit_rounds", [len(quotients)]), initial=0))
+    return geometric_mean(median(quotients[begin:end]) for begin, end in pairwise(ends))
 
 
 def by_op(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:

@@ -19,7 +19,7 @@ _OP = _EVERY | {"op", "case", "dtype", "variant"}
 _CHECKED_OP = _OP | {"error", "wrong", "flops", "bytes"}
 KEYS = {
     "step": _EVERY | _TIMES | _STEP,
-    "op": _CHECKED_OP | _TIMES | {"base_times_ms"},
+    "op": _CHECKED_OP | _TIMES | {"base_times_ms", "visit_rounds"},
     "roof": _EVERY | {"dtype", "gemm_gflops", "copy_gb_s"},
     "prompt_kv": _EVERY
     | {

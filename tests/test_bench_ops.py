@@ -87,21 +87,24 @@ def test_every_variant_of_a_tiny_case_is_right_or_says_why_it_does_not_run(case)
     assert json.loads(json.dumps(rows, allow_nan=False)) == rows
 
 
-@pytest.mark.parametrize(("rounds", "visits"), [(1, 1), (7, 1), (7, 3), (3, 7), (24, 24)])
+@pytest.mark.parametrize(
+    ("rounds", "visits"), [(1, 1), (7, 1), (7, 3), (3, 7), (24, 24), (200, 24)]
+)
 def test_rounds_are_spread_evenly_over_the_visits(rounds, visits):
     timing = Timing(build(TINY[0], CPU), lambda: None, rounds, {"variant": "nothing"})
     done = [0]
     for number in range(visits):
         timing.visit(number, visits)
         done.append(len(timing.times_ms))
-        assert done[-1] - rounds * (number + 1) / visits == pytest.approx(0.5, abs=0.5)
+        assert 0 <= done[-1] - rounds * (number + 1) / visits < 3
+        assert done[-1] - done[-2] != 1 or done[-1] == rounds
     assert done[-1] == rounds
     row = timing.row()
-    assert len(row["base_times_ms"]) == len(row["times_ms"]) == rounds
+    assert len(row["base_times_ms"]) == len(row["times_ms"]) == sum(row["visit_rounds"]) == rounds
     assert min(row["times_ms"] + row["base_times_ms"]) >= 0
 
 
-def test_the_base_runs_before_each_round_and_once_untimed_when_a_visit_comes_back():
+def test_the_base_runs_before_each_round_after_an_untimed_one_when_a_visit_comes_back():
     order = []
 
     def run():
@@ -113,13 +116,13 @@ def test_the_base_runs_before_each_round_and_once_untimed_when_a_visit_comes_bac
         return ()
 
     problem = dataclasses.replace(build(TINY[0], CPU), base=base)
-    timing = Timing(problem, run, 4, {})
+    timing = Timing(problem, run, 5, {})
     timing.visit(0, 2)
-    assert order == ["base", "run"] * 2
+    assert order == ["base", "run"] * 3
     order.clear()
     timing.visit(1, 2)
-    assert order == ["base", *["base", "run"] * 2]
-    assert len(timing.base_times_ms) == 4
+    assert order == ["run", *["base", "run"] * 2]
+    assert len(timing.base_times_ms) == 5
 
 
 @pytest.mark.parametrize("case", TINY, ids=as_id)

@@ -125,7 +125,7 @@ def op(variant, p50_ms, *, flops=10**7):
     if p50_ms is None:
         return row
     times = {"times_ms": [p50_ms], "p20_ms": p50_ms, "p50_ms": p50_ms, "p80_ms": p50_ms}
-    return row | times | {"base_times_ms": [2.0], "peak_mib": 1.0}
+    return row | times | {"base_times_ms": [2.0], "visit_rounds": [1], "peak_mib": 1.0}
 
 
 def one_run(memdlm_ms, run, commit="0" * 40):
@@ -141,21 +141,29 @@ FIRST, SECOND = "2026-01-01T00:00:00+00:00", "2026-01-02T00:00:00+00:00"
 
 
 def test_ratios_are_over_both_standards():
-    assert ratios.ratios(one_run(150.0, FIRST)) == {
+    expected = {
         "memdlm/mdlm K=2, a case": 1.5,
         "memdlm/mdlm_all_rows K=2, a case": 0.75,
         "memdlm_naive/memdlm K=2, a case": 3.0,
     }
+    assert ratios.ratios(one_run(150.0, FIRST)) == pytest.approx(expected)
 
 
-def test_a_ratio_of_times_is_the_median_over_rounds_not_a_ratio_of_medians():
+def test_a_step_s_ratio_is_the_geometric_mean_over_rounds():
     rows = one_run(150.0, FIRST)
     rows[1] |= {"times_ms": [1.0, 10.0, 3.0], "p50_ms": 3.0}
-    rows[3] |= {"times_ms": [3.0, 20.0, 3.0], "p50_ms": 3.0}
-    assert ratios.time_over(rows[3], rows[1]) == 2.0
-    assert ratios.over({(row["variant"], row["k"]): row for row in rows}, "mdlm") == 2.0
-    beside = op("PEFT", 3.0) | {"times_ms": [3.0, 20.0, 3.0], "base_times_ms": [1.0, 10.0, 3.0]}
-    assert ratios.over_base(beside) == 2.0
+    rows[3] |= {"times_ms": [4.0, 20.0, 3.0], "p50_ms": 4.0}
+    assert ratios.time_over(rows[3], rows[1]) == pytest.approx(2.0)
+    cases = {(row["variant"], row["k"]): row for row in rows}
+    assert ratios.over(cases, "mdlm") == pytest.approx(2.0)
+    assert ratios.over(cases, "mdlm", "peak_mib") == 1.0
+
+
+def test_an_op_s_ratio_is_the_geometric_mean_of_its_visits_medians():
+    times = {"times_ms": [1.0, 2.0, 9.0, 16.0], "base_times_ms": [1.0, 1.0, 1.0, 2.0]}
+    row = op("PEFT", 3.0) | times
+    assert ratios.over_base(row | {"visit_rounds": [3, 1]}) == pytest.approx(4.0)
+    assert ratios.over_base(row | {"visit_rounds": [4]}) == pytest.approx(5.0)
 
 
 def test_rounds_that_the_plain_method_left_out_do_not_count_for_its_ratio():
@@ -163,7 +171,6 @@ def test_rounds_that_the_plain_method_left_out_do_not_count_for_its_ratio():
     rows[2] |= {"every": 3, "times_ms": [400.0, 450.0, 500.0]}
     rows[3] |= {"times_ms": [100.0, 1.0, 1.0, 150.0, 1.0, 1.0, 200.0]}
     assert ratios.by_round(rows[2], rows[3]) == [4.0, 3.0, 2.5]
-    assert ratios.time_over(rows[2], rows[3]) == 3.0
 
 
 def test_the_largest_change_against_the_run_before_is_told():

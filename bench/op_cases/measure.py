@@ -29,6 +29,8 @@ Timer = Callable[[Callable[[], None], Callable[[], None], int], list[float]]
 # the latter: times_ms say how often.
 _LEAST_ROUNDS = 5
 _ROUNDS_OF_THE_SLOW = 2
+# A visit has so many, or none: it begins with an untimed run, which costs as much as a round.
+_ROUNDS_OF_A_VISIT = 3
 # What another library may raise where it does not work with what is installed here.
 _FOREIGN_ERRORS = (AttributeError, ImportError, RuntimeError, TypeError, ValueError)
 
@@ -79,7 +81,7 @@ def build(case: Case, device: torch.device) -> Problem:
     if device.type == "cuda":
         torch.cuda.empty_cache()
     base = _base(case, inputs, device)
-    return Problem(case, device, inputs, results, base, _seconds(base, device), flops)
+    return Problem(case, device, inputs, results, base, _least_seconds(base, device), flops)
 
 
 @dataclass
@@ -93,6 +95,7 @@ class Timing:
         checked: fields of its row: what is known before it is timed.
         times_ms: of each round.
         base_times_ms: of the base, which ran before it in the same round.
+        visit_rounds: how many rounds each visit had.
     """
 
     problem: Problem
@@ -101,6 +104,7 @@ class Timing:
     checked: dict[str, Any]
     times_ms: list[float] = field(default_factory=list)
     base_times_ms: list[float] = field(default_factory=list)
+    visit_rounds: list[int] = field(default_factory=list)
 
     def visit(self, number: int, visits: int, timer: Timer | None = None) -> None:
         """Time the rounds that are due.
@@ -110,17 +114,19 @@ class Timing:
             visits: over how many the rounds are spread.
             timer: how; None for a plain loop.
         """
-        due = -(-self.rounds * (number + 1) // visits) - len(self.times_ms)
+        parts = -(-self.rounds * (number + 1) // (visits * _ROUNDS_OF_A_VISIT))
+        due = min(self.rounds, parts * _ROUNDS_OF_A_VISIT) - len(self.times_ms)
         if not due:
             return
         device = self.problem.device
-        if number:  # others ran since, and what they left is in the caches
-            _finish(self.problem.base, device)
+        if number:  # others ran since: each base is to find what this one leaves in the caches
+            _finish(self.run, device)
         self.times_ms += (timer or _loop)(
             lambda: _finish(self.run, device),
             lambda: self.base_times_ms.append(self._time_base()),
             due,
         )
+        self.visit_rounds.append(due)
 
     def row(self) -> dict[str, Any]:
         """The fields of its row."""
@@ -128,6 +134,7 @@ class Timing:
             "times_ms": [round(value, 4) for value in self.times_ms],
             **percentiles(self.times_ms),
             "base_times_ms": [round(value, 4) for value in self.base_times_ms],
+            "visit_rounds": self.visit_rounds,
         }
 
     def _time_base(self) -> float:
@@ -189,7 +196,7 @@ def check(
             return row
     del results
     row["peak_mib"] = round(peak_mib(run, device), 3)
-    one = _seconds(run, device)
+    one = _least_seconds(run, device)
     least = _LEAST_ROUNDS if one < seconds else _ROUNDS_OF_THE_SLOW
     rounds = min(rounds, max(least, int(seconds / (one + problem.base_seconds))))
     return Timing(problem, run, rounds, row)
@@ -214,6 +221,11 @@ def _base(case: Case, inputs: Inputs, device: torch.device) -> Run:
                 reason = str(error)
         reasons.append(f"{variant.name}: {reason}")
     raise ValueError(f"{case.op}: nothing runs {case.name} on {device} ({'; '.join(reasons)})")
+
+
+def _least_seconds(run: Run, device: torch.device) -> float:
+    """What to plan with: a single run may have met a slow spell."""
+    return min(_seconds(run, device) for _ in range(3))
 
 
 def _seconds(run: Run, device: torch.device) -> float:

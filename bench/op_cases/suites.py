@@ -66,8 +66,8 @@ def _quick() -> list[Case]:
     return [
         cross_entropy.linear_case(1_024, 128, 512, 8_192, _F32),
         cross_entropy.linear_case(1_024, 128, 512, 8_192, _F32, head_trains=True),
-        # Buffers of 32 MiB and more come fresh from the kernel each time: all would time that.
-        cross_entropy.logits_case(1_024, 128, 4_096, _F32),
+        # Large buffers may come fresh from the kernel each time: what is timed is that, or not.
+        cross_entropy.logits_case(512, 64, 4_096, _F32),
         cross_entropy.kl_case(128, 512, 8_192, _F32),
         *(lora.lora_case(1, 1_024, 384, 1_024, _F32, wanted) for wanted in _GRADIENTS),
         lora.lora_case(1, 1_024, 384, 1_024, _F32, ("B",), B_is_zero=True),
