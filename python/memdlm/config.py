@@ -105,7 +105,7 @@ class MemoryConfig:
             of 256 tokens: cosine to the exact fast weights' change 0.999998, 0.999995,
             0.999997, 0.999985; relative change of the outer loss 3.6e-07, 1.2e-06,
             8.8e-07, 3.1e-06 and of the outer gradient 4.3e-05, 5.9e-05, 5.6e-05,
-            1.2e-04; time of forward and backward 0.93, 0.84, 0.81, 0.75 of the exact on
+            1.2e-04; time of forward and backward 0.88, 0.87, 0.87, 0.85 of the exact on
             a CPU (`python -m bench.prompt_kv`).
         meta_gradient: "first_order" takes the written fast weights for constants of the outer loss.
             "exact" differentiates through the K updates, their clip included: backward recomputes
