@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench.cases import SUITES
-from bench.op_cases import op_cases, run_ops
+from bench.op_cases import op_cases, roof, run_ops
 from bench.op_cases.case import Variant, text
 from bench.op_cases.measure import Timing, build, check
 from bench.op_cases.suites import SUITE_NAMES
@@ -153,6 +153,18 @@ def test_one_element_that_is_no_number_is_wrong(op, value):
         row = untimed(problem, planted)
         assert row["wrong"]
         assert row["error"] is None
+
+
+def test_the_roof_is_the_best_of_all_rounds(monkeypatch):
+    monkeypatch.setattr(roof, "_SIZES", {"cpu": (8, 16)})
+    monkeypatch.setattr(roof, "_COPY_BYTES", {"cpu": 1 << 10})
+    monkeypatch.setattr(roof, "_LEAST_SECONDS", {"cpu": 0.0})
+    taken = iter([1e-6, 1e-6, 1e-6] + [1e-3] * 12)
+    monkeypatch.setattr(roof, "_seconds", lambda run, device: next(taken))
+    row = roof.roof(torch.float32, CPU)
+    assert row["gemm_gflops"] == round(2 * 16**3 / 1e3, 1)
+    assert row["copy_gb_s"] == round(2 * 2**10 / 1e3, 1)
+    assert next(taken, None) is None
 
 
 def test_results_of_another_shape_are_wrong():
