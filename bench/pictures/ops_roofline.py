@@ -57,7 +57,7 @@ def ops_roofline(rows: list[Row]) -> Any:
     message = f"Our ops reach {_least_to_most(products)} of the measured roof"
     if copies:
         message += f",\nand without products {_least_to_most(copies)} of a copy"
-    finish(figure, message, [roof], handles, columns=3)
+    finish(figure, message, [row for row, _ in shown], handles, columns=3)
     return figure
 
 
