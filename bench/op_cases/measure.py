@@ -25,8 +25,8 @@ from bench.timing import peak_mib, percentiles
 # Of (what is timed, what runs before each round, rounds): the rounds' times in milliseconds.
 Timer = Callable[[Callable[[], None], Callable[[], None], int], list[float]]
 
-# Rounds at least; where one run takes more than all of its time, as the largest cases' oracles do,
-# the latter: times_ms say how often.
+# Rounds at least; the slow are those whose one run takes longer than all of its rounds should, as
+# the largest cases' oracles.
 _LEAST_ROUNDS = 5
 _ROUNDS_OF_THE_SLOW = 2
 # A visit has so many, or none: it begins with an untimed run, which costs as much as a round.
