@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "check.h"
+#include "cpu/instruction_set.h"
 
 namespace memdlm {
 namespace {
@@ -25,8 +26,6 @@ using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 
 // What T is computed in.
 template <class T>
@@ -121,7 +120,7 @@ __attribute__((always_inline)) inline double total_of(const Wide* chains, double
 }
 
 template <class T>
-CLONES double sum_of_squares(const T* x, int64_t n) {
+double sum_of_squares(const T* x, int64_t n) {
   Wide chains[4] = {};
   int64_t i = 0;
   for (; i + 32 <= n; i += 32) {
@@ -138,7 +137,7 @@ CLONES double sum_of_squares(const T* x, int64_t n) {
 }
 
 template <class T, class U>
-CLONES double sum_of_products(const T* x, const U* y, int64_t n) {
+double sum_of_products(const T* x, const U* y, int64_t n) {
   Wide chains[4] = {};
   int64_t i = 0;
   for (; i + 32 <= n; i += 32) {
@@ -197,7 +196,7 @@ bool is_clipped(double square, double max_norm, const std::string& clip) {
 
 // cast[i] = param[i], by way of float where either has 16 bits, as torch does it.
 template <class P, class C>
-CLONES void copy_rounded(C* __restrict__ cast, const P* __restrict__ param, int64_t n) {
+void copy_rounded(C* __restrict__ cast, const P* __restrict__ param, int64_t n) {
   for (int64_t i = 0; i < n; ++i) cast[i] = static_cast<C>(static_cast<Work<P>>(param[i]));
 }
 
@@ -206,8 +205,9 @@ void refresh_cast(const std::optional<Tensor>& cast, const Tensor& param, const 
   if (!cast) return;
   with_type(param.scalar_type(), "param", [&]<class P>() {
     with_type(cast->scalar_type(), "cast", [&]<class C>() {
-      copy_rounded(row_of<C>(*cast, block.row) + block.begin,
-                   row_of<const P>(param, block.row) + block.begin, block.end - block.begin);
+      C* to = row_of<C>(*cast, block.row) + block.begin;
+      const P* from = row_of<const P>(param, block.row) + block.begin;
+      with_best_instructions([&] { copy_rounded(to, from, block.end - block.begin); });
     });
   });
 }
@@ -215,7 +215,7 @@ void refresh_cast(const std::optional<Tensor>& cast, const Tensor& param, const 
 // In double too, which costs no time beside the memory's: clipping a huge gradient takes a factor
 // too small for a float.
 template <class P, class G>
-CLONES void descend(P* __restrict__ param, const G* __restrict__ grad, double factor, int64_t n) {
+void descend(P* __restrict__ param, const G* __restrict__ grad, double factor, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     const double update = factor * static_cast<Work<G>>(grad[i]);
     param[i] = static_cast<P>(static_cast<Work<P>>(static_cast<Work<P>>(param[i]) - update));
@@ -252,7 +252,8 @@ void fast_weight_sgd_(const Tensor& param, const Tensor& grad, const Tensor& seg
   with_type(grad.scalar_type(), "grad", [&]<class G>() {
     sums = sum_segments(blocks, rows * count, count, [&](const Block& block) {
       const G* x = row_of<const G>(grad, block.row) + block.begin;
-      return Sums{sum_of_squares(x, block.end - block.begin), 0};
+      const int64_t n = block.end - block.begin;
+      return Sums{with_best_instructions([&] { return sum_of_squares(x, n); }), 0};
     });
   });
 
@@ -281,9 +282,10 @@ void fast_weight_sgd_(const Tensor& param, const Tensor& grad, const Tensor& seg
     with_type(grad.scalar_type(), "grad", [&]<class G>() {
       for_each_block(blocks, [&](const Block& block) {
         if (skip[block.row]) return;
-        descend(row_of<P>(param, block.row) + block.begin,
-                row_of<const G>(grad, block.row) + block.begin,
-                factor[block.row * count + block.segment], block.end - block.begin);
+        P* p = row_of<P>(param, block.row) + block.begin;
+        const G* g = row_of<const G>(grad, block.row) + block.begin;
+        const double step = factor[block.row * count + block.segment];
+        with_best_instructions([&] { descend(p, g, step, block.end - block.begin); });
         refresh_cast(cast, param, block);
       });
     });
@@ -292,8 +294,8 @@ void fast_weight_sgd_(const Tensor& param, const Tensor& grad, const Tensor& seg
 
 // grad_grad[i] = -factor * (grad_updated[i] - along * grad[i])
 template <class U, class G>
-CLONES void project(G* __restrict__ grad_grad, const U* __restrict__ grad_updated,
-                    const G* __restrict__ grad, double factor, double along, int64_t n) {
+void project(G* __restrict__ grad_grad, const U* __restrict__ grad_updated,
+             const G* __restrict__ grad, double factor, double along, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     const double radial = along * static_cast<Work<G>>(grad[i]);
     const double slope = static_cast<Work<U>>(grad_updated[i]) - radial;
@@ -322,7 +324,8 @@ void fast_weight_sgd_backward(const Tensor& grad_updated, const Tensor& grad,
           const U* u = row_of<const U>(grad_updated, block.row) + block.begin;
           const G* g = row_of<const G>(grad, block.row) + block.begin;
           const int64_t n = block.end - block.begin;
-          return Sums{sum_of_squares(g, n), sum_of_products(g, u, n)};
+          return with_best_instructions(
+              [&] { return Sums{sum_of_squares(g, n), sum_of_products(g, u, n)}; });
         });
         sums = clip_sums(std::move(sums), count, clip);
         for (int64_t i = 0; i < rows * count; ++i) {
@@ -337,8 +340,9 @@ void fast_weight_sgd_backward(const Tensor& grad_updated, const Tensor& grad,
         if (skip[block.row]) {
           std::fill(out, out + n, static_cast<G>(0.0f));
         } else {
-          project(out, row_of<const U>(grad_updated, block.row) + block.begin,
-                  row_of<const G>(grad, block.row) + block.begin, factor[i], along[i], n);
+          const U* u = row_of<const U>(grad_updated, block.row) + block.begin;
+          const G* g = row_of<const G>(grad, block.row) + block.begin;
+          with_best_instructions([&] { project(out, u, g, factor[i], along[i], n); });
         }
       });
     });
@@ -379,7 +383,7 @@ __attribute__((always_inline)) inline void philox(uint32_t counter, uint64_t see
 }
 
 template <class T>
-CLONES void draw(T* row, uint64_t seed, double bound, int64_t begin, int64_t end) {
+void draw(T* row, uint64_t seed, double bound, int64_t begin, int64_t end) {
   constexpr int64_t kWords = 4 * kCounters;
   const Work<T> scale = static_cast<Work<T>>(bound);
   // A segment may begin and end within a counter's four words.
@@ -418,8 +422,9 @@ void fast_weight_reset_(const Tensor& param, const Tensor& segments, const Tenso
         // Half of all fast weights: every B. Nothing to draw.
         std::fill(row + block.begin, row + block.end, static_cast<T>(0.0f));
       } else {
-        draw(row, static_cast<uint64_t>(seeds[block.row]), bound[block.segment], block.begin,
-             block.end);
+        const uint64_t seed_of_row = static_cast<uint64_t>(seeds[block.row]);
+        with_best_instructions(
+            [&] { draw(row, seed_of_row, bound[block.segment], block.begin, block.end); });
       }
       refresh_cast(cast, param, block);
     });

@@ -11,11 +11,10 @@ from memdlm.config import DiffusionConfig, MemoryConfig
 from memdlm.data.collator import MaskCollator
 from memdlm.objective import MDLMObjective, MemDLMObjective
 from memdlm.prompt_memory import PromptMemory
+from tests.kernels.truth import assert_as_accurate
 from tests.tiny import MASK, PAD, VOCABULARY, make_features, make_model
 
 LENGTH, BLOCK = 12, 4
-# Hugging Face's eager attention rounds its softmax to float32.
-TOLERANCE = {"sdpa": 1e-9, "eager": 1e-6}
 
 
 def sees(query, key):
@@ -88,15 +87,23 @@ def test_the_split_model_is_the_whole_model_under_the_mask(boundary, attention, 
     hidden = backbone.suffix(start, torch.arange(6), context, contextlib.nullcontext())
     logits = hidden @ backbone.head()[0].T
 
-    whole = model(
-        torch.cat((noisy, clean), dim=1),
-        position_ids=torch.arange(LENGTH).repeat(2)[None],
-        attention_mask=bias(visible),
-        is_causal=False,
-        use_cache=False,
-    ).logits
-    expected = whole.gather(1, rows[..., None].expand(-1, -1, VOCABULARY)).flatten(0, 1)
-    assert (logits - expected).abs().max() <= TOLERANCE[attention] * expected.abs().max()
+    def whole():
+        logits = model(
+            torch.cat((noisy, clean), dim=1),
+            position_ids=torch.arange(LENGTH).repeat(2)[None],
+            attention_mask=bias(visible),
+            is_causal=False,
+            use_cache=False,
+        ).logits
+        return logits.gather(1, rows[..., None].expand(-1, -1, VOCABULARY)).flatten(0, 1)
+
+    expected = whole()
+    model.set_attn_implementation("sdpa")
+    truth = whole()
+    if attention == "sdpa":  # float64 throughout
+        assert (logits - truth).abs().max() <= 1e-9 * truth.abs().max()
+    else:  # Hugging Face's eager attention rounds its softmax to float32
+        assert_as_accurate("logits", logits, truth, expected, torch.float32)
 
 
 def bias(visible):

@@ -59,7 +59,9 @@ def test_each_evaluation_logs_the_ratio_and_training_is_not_moved(memory, tmp_pa
         pad_token_id=collator.pad_token_id,
     )
     own = [logged(trainer, name)[-1] for name in NAMES]
-    torch.testing.assert_close(torch.tensor(own).double(), curve.ratio()[0][list(RATIOS.values())])
+    # Two sums of the NLLs of a model in float32.
+    ratios = curve.ratio()[0][list(RATIOS.values())].float()
+    torch.testing.assert_close(torch.tensor(own), ratios)
 
 
 def test_the_key_of_memdlm_train(tmp_path, capsys):
