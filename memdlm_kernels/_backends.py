@@ -1,42 +1,45 @@
 """Which implementation of an op runs: the only dispatch code of the package."""
 
 import contextlib
-import functools
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
 _LIBRARY = Path(__file__).with_name("libmemdlm_C.so")
+# What the C++ ops may use of a CPU, at most (csrc/cpu/instruction_set.h).
+_CAPABILITIES = ("default", "avx2", "avx512", "avx512_bf16")
 
 
 def _load_library() -> str | None:
     """Load the compiled ops (namespace `memdlm_C`); return why they are missing, None if loaded."""
     if not _LIBRARY.exists():
         return f"the compiled extension is not built ({_LIBRARY.name} is missing)"
+    asked = os.environ.get("MEMDLM_CPU_CAPABILITY")
+    if asked is not None and asked not in _CAPABILITIES:
+        raise ValueError(
+            f"MEMDLM_CPU_CAPABILITY must be one of {', '.join(_CAPABILITIES)}, got {asked!r}"
+        )
     torch.ops.load_library(_LIBRARY)
     return None
 
 
-def _built_architectures() -> tuple[int, ...]:
-    """Those that the CUDA ops are compiled for; none where they are not in the build."""
+def _built() -> tuple[bool, tuple[int, ...]]:
+    """(whether the CPU ops are in the build, the architectures that the CUDA ops are for)."""
     try:
         built: Any = importlib.import_module("memdlm_kernels._build_info")
     except ModuleNotFoundError:
-        return ()
-    return built.cuda_architectures if built.cuda else ()
+        return True, ()
+    return built.cpu, built.cuda_architectures if built.cuda else ()
 
 
 library_missing: str | None = _load_library()
 # Read now: torch.compile traces the choice of a backend, and could not trace an import.
-_cuda_architectures = _built_architectures()
+_has_cpu_ops, _cuda_architectures = _built()
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class Backend:
 def _cpu_unfit(device: torch.device, *_: Any) -> str | None:
     if device.type != "cpu":
         return f"the tensors are on {device.type}"
+    if not _has_cpu_ops:
+        return "this build leaves the CPU ops out (MEMDLM_CPU_OPS=OFF at installation)"
     return library_missing
 
 
@@ -155,13 +160,8 @@ def choose(op: str, order: Sequence[Backend], requested: str | None, *facts: Any
     raise ValueError(f"{op}: no backend can run on these inputs ({'; '.join(reasons)})")
 
 
-def on_its_device(function: Callable[P, R]) -> Callable[P, R]:
-    """Let an op launch its kernels where its first tensor is: Triton takes the current GPU."""
-
-    @functools.wraps(function)
-    def on_device(*args: P.args, **kwargs: P.kwargs) -> R:
-        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
-        with torch.cuda.device_of(next(tensors)):
-            return function(*args, **kwargs)
-
-    return on_device
+def without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    """`torch.autocast(device, enabled=False)`, at no cost where autocast is off already."""
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()

@@ -5,7 +5,9 @@ from typing import Any
 
 from memdlm_kernels._backends import library_missing
 
-_FACTS = ("version", "torch_version", "torch_abi", "compiler", "cuda", "cuda_architectures")
+_FACTS = (
+    *("version", "torch_version", "torch_abi", "compiler", "cpu", "cuda", "cuda_architectures"),
+)
 
 
 def build_info() -> dict[str, Any]:
@@ -18,7 +20,8 @@ def build_info() -> dict[str, Any]:
         torch_version: str, of the torch that it was built against.
         torch_abi: str, the oldest torch that it loads in.
         compiler: str, name and version.
-        cuda: bool, whether the CUDA ops are in it.
+        cpu: bool, whether the CPU ops are in it.
+        cuda: bool, whether the CUDA ops are.
         cuda_architectures: tuple of int, those that they were compiled for.
 
         The facts of the build are None where nothing was built.

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from memdlm_kernels._backends import CPU, CUDA, REFERENCE, choose
+from memdlm_kernels._library import op
 from memdlm_kernels._segments import check_cast, check_segments, check_written
 from memdlm_kernels.fast_weight_reset import compiled, reference
 
@@ -56,7 +57,7 @@ def fast_weight_reset_(
             if cast is not None:
                 cast.copy_(param)
         else:
-            torch.ops.memdlm.fast_weight_reset_(param, segments, bounds, seed, cast, backend)
+            _reset(param, segments, bounds, seed, cast, backend)
 
 
 def _check(
@@ -92,7 +93,7 @@ def _check(
 _ORDER = (CPU, CUDA, REFERENCE)
 
 
-@torch.library.custom_op("memdlm::fast_weight_reset_", mutates_args=("param", "cast"))
+@op("fast_weight_reset_", mutates=("param", "cast"))
 def _reset(
     param: Tensor,
     segments: Tensor,

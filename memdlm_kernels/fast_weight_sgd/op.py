@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from memdlm_kernels._backends import CPU, CUDA, REFERENCE, choose
+from memdlm_kernels._library import op
 from memdlm_kernels._segments import check_cast, check_flat, check_segments, check_written
 from memdlm_kernels.fast_weight_sgd import compiled, reference
 
@@ -74,9 +75,7 @@ def fast_weight_sgd_(
             if cast is not None:
                 cast.copy_(torch.where(skipped[:, None], cast, param.to(cast.dtype)))
             return norm, skipped
-        return torch.ops.memdlm.fast_weight_sgd_(
-            param, grad, segments, lr, max_norm, clip, loss, cast, backend
-        )
+        return _step(param, grad, segments, lr, max_norm, clip, loss, cast, backend)
 
 
 def fast_weight_sgd(
@@ -122,9 +121,7 @@ def fast_weight_sgd(
     backend = choose("fast_weight_sgd", _ORDER, backend, param.device)
     if backend == "reference":
         return reference.fast_weight_sgd(param, grad, segments, lr, max_norm, clip, loss)
-    return torch.ops.memdlm.fast_weight_sgd(
-        param, grad, segments, lr, max_norm, clip, loss, backend
-    )
+    return _forward(param, grad, segments, lr, max_norm, clip, loss, backend)
 
 
 def _check(
@@ -165,7 +162,7 @@ _ORDER = (CPU, CUDA, REFERENCE)
 
 
 # `backend` has been chosen by the device, as the compiled ops will.
-@torch.library.custom_op("memdlm::fast_weight_sgd_", mutates_args=("param", "cast"))
+@op("fast_weight_sgd_", mutates=("param", "cast"))
 def _step(
     param: Tensor,
     grad: Tensor,
@@ -201,7 +198,7 @@ def _(
     )
 
 
-@torch.library.custom_op("memdlm::fast_weight_sgd", mutates_args=())
+@op("fast_weight_sgd")
 def _forward(
     param: Tensor,
     grad: Tensor,
@@ -238,7 +235,7 @@ def _(
     )
 
 
-@torch.library.custom_op("memdlm::fast_weight_sgd_backward", mutates_args=())
+@op("fast_weight_sgd_backward")
 def _backward(
     grad_updated: Tensor,
     grad: Tensor,
@@ -286,7 +283,7 @@ def _autograd(
     grad, segments, skipped = ctx.saved_tensors
     grad_grad = None
     if grad_updated is not None and grad is not None:
-        grad_grad = torch.ops.memdlm.fast_weight_sgd_backward(
+        grad_grad = _backward(
             grad_updated, grad, segments, ctx.lr, ctx.max_norm, ctx.clip, skipped, ctx.backend
         )
     # d updated / d param is the identity: no op, no copy.

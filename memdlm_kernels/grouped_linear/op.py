@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memdlm_kernels._backends import REFERENCE, TRITON, choose, on_its_device
+from memdlm_kernels._backends import REFERENCE, TRITON, choose, without_autocast
+from memdlm_kernels._library import op
 from memdlm_kernels._offsets import check_offsets
 from memdlm_kernels.grouped_linear import grouped_mm, reference
 
@@ -53,9 +54,9 @@ def grouped_linear(
     groups, out, columns = weight.shape
     backend = choose("grouped_linear", _ORDER, backend, x.device, x.dtype, columns, out, groups)
     if backend == "reference":
-        with torch.autocast(device, enabled=False):
+        with without_autocast(device):
             return reference.grouped_linear(x, weight, offsets)
-    return torch.ops.memdlm.grouped_linear(x, weight, offsets, backend)
+    return _forward(x, weight, offsets, backend)
 
 
 def _check(x: Tensor, weight: Tensor, offsets: Tensor) -> None:
@@ -87,8 +88,7 @@ def _module(backend: str) -> Any:
     return triton
 
 
-@torch.library.custom_op("memdlm::grouped_linear", mutates_args=())
-@on_its_device
+@op("grouped_linear")
 def _forward(x: Tensor, weight: Tensor, offsets: Tensor, backend: str) -> Tensor:
     return _module(backend).grouped_linear(x, weight, offsets)
 
@@ -98,8 +98,7 @@ def _(x: Tensor, weight: Tensor, offsets: Tensor, backend: str) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
-@torch.library.custom_op("memdlm::grouped_linear_outer", mutates_args=())
-@on_its_device
+@op("grouped_linear_outer")
 def _outer(a: Tensor, b: Tensor, offsets: Tensor, backend: str) -> Tensor:
     """a[begin:end].mT @ b[begin:end] for each group: [E, m, n] of a [N, m] and b [N, n]."""
     return _module(backend).grouped_linear_outer(a, b, offsets)
@@ -122,9 +121,9 @@ def _forward_autograd(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, offsets = ctx.saved_tensors
     grad_x = grad_weight = None
     if weight is not None:
-        grad_x = torch.ops.memdlm.grouped_linear(grad_out, weight.mT, offsets, ctx.backend)
+        grad_x = _forward(grad_out, weight.mT, offsets, ctx.backend)
     if x is not None:
-        grad_weight = torch.ops.memdlm.grouped_linear_outer(grad_out, x, offsets, ctx.backend)
+        grad_weight = _outer(grad_out, x, offsets, ctx.backend)
     return grad_x, grad_weight, None, None
 
 
@@ -132,9 +131,9 @@ def _outer_autograd(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     a, b, offsets = ctx.saved_tensors
     grad_a = grad_b = None
     if b is not None:
-        grad_a = torch.ops.memdlm.grouped_linear(b, grad_out, offsets, ctx.backend)
+        grad_a = _forward(b, grad_out, offsets, ctx.backend)
     if a is not None:
-        grad_b = torch.ops.memdlm.grouped_linear(a, grad_out.mT, offsets, ctx.backend)
+        grad_b = _forward(a, grad_out.mT, offsets, ctx.backend)
     return grad_a, grad_b, None, None
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memdlm_kernels._backends import CPU, REFERENCE, TRITON, Backend, choose, on_its_device
+from memdlm_kernels._backends import CPU, REFERENCE, TRITON, Backend, choose, without_autocast
+from memdlm_kernels._library import op
 from memdlm_kernels._offsets import check_offsets
 from memdlm_kernels.grouped_lora_linear import cpu, grouped_mm, reference
 
@@ -79,13 +80,13 @@ def grouped_lora_linear(
     sizes = (x.shape[1], base.shape[1], B.shape[-1], projections, offsets.numel())
     backend = choose("grouped_lora_linear", _ORDER, backend, x.device, x.dtype, *sizes)
     if backend == "reference":
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             return reference.grouped_lora_linear(x, base, A, B, offsets, scale)
     grad_enabled = torch.is_grad_enabled()
     if B_is_zero:
         needed = grad_enabled and B.requires_grad
         return _ZeroB.apply(base, x, A, B, offsets, scale, backend) if needed else base
-    out, _ = torch.ops.memdlm.grouped_lora_linear(
+    out, _ = _forward(
         x,
         base,
         A,
@@ -160,8 +161,7 @@ def _module(backend: str) -> Any:
     return triton
 
 
-@torch.library.custom_op("memdlm::grouped_lora_linear", mutates_args=())
-@on_its_device
+@op("grouped_lora_linear")
 def _forward(
     x: Tensor,
     base: Tensor,
@@ -196,8 +196,7 @@ def _(
     return base.new_empty(base.shape), x.new_empty(shrink)
 
 
-@torch.library.custom_op("memdlm::grouped_lora_linear_backward", mutates_args=())
-@on_its_device
+@op("grouped_lora_linear_backward")
 def _backward(
     grad_out: Tensor,
     x: Tensor | None,
@@ -253,7 +252,7 @@ def _autograd(ctx: Any, grad_out: Tensor, _: None) -> tuple[Tensor | None, ...]:
     x, shrink, A, B, offsets = ctx.saved_tensors
     grad_x = grad_A = grad_B = None
     if ctx.need_grad_x or ctx.need_grad_A or ctx.need_grad_B:
-        grad_x, grad_A, grad_B = torch.ops.memdlm.grouped_lora_linear_backward(
+        grad_x, grad_A, grad_B = _backward(
             grad_out, x, shrink, A, B, offsets, ctx.scale, ctx.need_grad_x, ctx.backend
         )
     return (
@@ -269,8 +268,7 @@ def _autograd(ctx: Any, grad_out: Tensor, _: None) -> tuple[Tensor | None, ...]:
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
-@torch.library.custom_op("memdlm::grouped_lora_linear_grad_B", mutates_args=())
-@on_its_device
+@op("grouped_lora_linear_grad_B")
 def _grad_B(
     grad_out: Tensor,
     x: Tensor,
@@ -322,9 +320,7 @@ class _ZeroB(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        grad_B = torch.ops.memdlm.grouped_lora_linear_grad_B(
-            grad_out, *ctx.saved_tensors, ctx.scale, ctx.backend
-        )
+        grad_B = _grad_B(grad_out, *ctx.saved_tensors, ctx.scale, ctx.backend)
         return grad_out, None, None, grad_B, None, None, None
 
 

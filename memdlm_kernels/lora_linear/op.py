@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memdlm_kernels._backends import CPU, REFERENCE, TRITON, choose, on_its_device
+from memdlm_kernels._backends import CPU, REFERENCE, TRITON, choose, without_autocast
+from memdlm_kernels._library import op
 from memdlm_kernels.lora_linear import cpu, reference
 
 Shape = Sequence[int]
@@ -59,13 +60,13 @@ def lora_linear(
     _check(x, base, A, B, scale)
     backend = choose("lora_linear", _ORDER, backend, x.device, x.dtype)
     if backend == "reference":
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             return reference.lora_linear(x, base, A, B, scale)
     grad_enabled = torch.is_grad_enabled()
     if B_is_zero:
         needed = grad_enabled and B.requires_grad
         return _ZeroB.apply(base, x, A, B, scale, backend) if needed else base
-    out, _ = torch.ops.memdlm.lora_linear(
+    out, _ = _forward(
         x,
         base,
         A,
@@ -120,8 +121,7 @@ def _module(backend: str) -> Any:
     return triton
 
 
-@torch.library.custom_op("memdlm::lora_linear", mutates_args=())
-@on_its_device
+@op("lora_linear")
 def _forward(
     x: Tensor,
     base: Tensor,
@@ -154,8 +154,7 @@ def _(
     return base.new_empty(base.shape), x.new_empty(shrink)
 
 
-@torch.library.custom_op("memdlm::lora_linear_backward", mutates_args=())
-@on_its_device
+@op("lora_linear_backward")
 def _backward(
     grad_out: Tensor,
     x: Tensor | None,
@@ -204,7 +203,7 @@ def _autograd(ctx: Any, grad_out: Tensor, _: None) -> tuple[Tensor | None, ...]:
     x, shrink, A, B = ctx.saved_tensors
     grad_x = grad_A = grad_B = None
     if ctx.need_grad_x or ctx.need_grad_A or ctx.need_grad_B:
-        grad_x, grad_A, grad_B = torch.ops.memdlm.lora_linear_backward(
+        grad_x, grad_A, grad_B = _backward(
             grad_out, x, shrink, A, B, ctx.scale, ctx.need_grad_x, ctx.backend
         )
     return (
@@ -220,8 +219,7 @@ def _autograd(ctx: Any, grad_out: Tensor, _: None) -> tuple[Tensor | None, ...]:
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
-@torch.library.custom_op("memdlm::lora_linear_grad_B", mutates_args=())
-@on_its_device
+@op("lora_linear_grad_B")
 def _grad_B(
     grad_out: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, backend: str
 ) -> Tensor:
@@ -253,7 +251,7 @@ class _ZeroB(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B = ctx.saved_tensors
-        grad_B = torch.ops.memdlm.lora_linear_grad_B(grad_out, x, A, B, ctx.scale, ctx.backend)
+        grad_B = _grad_B(grad_out, x, A, B, ctx.scale, ctx.backend)
         return grad_out, None, None, grad_B, None, None
 
 

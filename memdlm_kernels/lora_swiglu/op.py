@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memdlm_kernels._backends import REFERENCE, TRITON, Backend, choose, on_its_device
+from memdlm_kernels._backends import REFERENCE, TRITON, Backend, choose, without_autocast
+from memdlm_kernels._library import op
 from memdlm_kernels._offsets import check_offsets
 from memdlm_kernels.lora_swiglu import reference
 
@@ -75,14 +76,12 @@ def lora_swiglu(
     groups = _check_update(x, gate, up, A, B, scale, offsets)
     backend = choose("lora_swiglu", _ORDER, backend, gate.device, gate.dtype, groups)
     if backend == "reference":
-        with torch.autocast(gate.device.type, enabled=False):
+        with without_autocast(gate.device.type):
             return reference.lora_swiglu(x, gate, up, A, B, scale, offsets, B_is_zero)
     keep_shrink = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (x, gate, up, A, B)
     )
-    h, _ = torch.ops.memdlm.lora_swiglu(
-        x, gate, up, A, B, scale, offsets, B_is_zero, keep_shrink, backend
-    )
+    h, _ = _forward(x, gate, up, A, B, scale, offsets, B_is_zero, keep_shrink, backend)
     return h
 
 
@@ -179,8 +178,7 @@ def _triton_unfit(device: torch.device, dtype: torch.dtype, groups: int) -> str 
 _ORDER = (Backend(TRITON.name, _triton_unfit), REFERENCE)
 
 
-@torch.library.custom_op("memdlm::lora_swiglu", mutates_args=())
-@on_its_device
+@op("lora_swiglu")
 def _forward(
     x: Tensor | None,
     gate: Tensor,
@@ -220,8 +218,7 @@ def _(
     return h, gate.new_empty(math.prod(gate.shape[:-1]), A.shape[-2])
 
 
-@torch.library.custom_op("memdlm::lora_swiglu_backward", mutates_args=())
-@on_its_device
+@op("lora_swiglu_backward")
 def _backward(
     grad_h: Tensor,
     x: Tensor | None,
@@ -292,7 +289,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _autograd(ctx: Any, grad_h: Tensor, _: None) -> tuple[Tensor | None, ...]:
     x, gate, up, shrink, A, B, offsets = ctx.saved_tensors
-    grads = torch.ops.memdlm.lora_swiglu_backward(
+    grads = _backward(
         grad_h, x, gate, up, shrink, A, B, ctx.scale, offsets, *ctx.needs, ctx.backend
     )
     grad_x, grad_gate, grad_up, grad_A, grad_B = grads

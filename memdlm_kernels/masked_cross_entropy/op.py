@@ -7,7 +7,8 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from memdlm_kernels._backends import CPU, REFERENCE, TRITON, choose, on_its_device
+from memdlm_kernels._backends import CPU, REFERENCE, TRITON, choose, without_autocast
+from memdlm_kernels._library import op
 from memdlm_kernels._reduction import check_reduction, check_targets, is_eager_cpu, reduce_nll
 from memdlm_kernels.masked_cross_entropy import cpu, reference
 
@@ -92,19 +93,17 @@ def masked_cross_entropy(
     """
     _check(logits, target, softcap, inplace)
     check_reduction(target, token_weight, reduction, normalizer)
-    if is_eager_cpu(target):
-        check_targets(target, ignore_index, logits.shape[-1])
     backend = choose("masked_cross_entropy", _ORDER, backend, logits.device, logits.dtype)
+    if backend != "cpu" and is_eager_cpu(target):  # which looks at them itself
+        check_targets(target, ignore_index, logits.shape[-1])
     needs_grad = torch.is_grad_enabled() and logits.requires_grad
-    with torch.autocast(logits.device.type, enabled=False):
+    with without_autocast(logits.device.type):
         if inplace and needs_grad and not torch.compiler.is_compiling():
             nll, lse = _Overwrite.apply(logits, target, ignore_index, softcap, backend)
         elif backend == "reference":
             nll, lse = reference.masked_cross_entropy(logits, target, ignore_index, softcap)
         else:
-            nll, lse = torch.ops.memdlm.masked_cross_entropy(
-                logits, target, ignore_index, softcap, backend
-            )
+            nll, lse = _forward(logits, target, ignore_index, softcap, backend)
         loss = reduce_nll(nll, target, token_weight, ignore_index, reduction, normalizer)
     return (loss, lse) if return_lse else loss
 
@@ -146,8 +145,7 @@ def _implementation(backend: str) -> ModuleType:
     return triton
 
 
-@torch.library.custom_op("memdlm::masked_cross_entropy", mutates_args=())
-@on_its_device
+@op("masked_cross_entropy")
 def _forward(
     logits: Tensor, target: Tensor, ignore_index: int, softcap: float | None, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -168,8 +166,7 @@ def _fake(
 _forward.register_fake(_fake)
 
 
-@torch.library.custom_op("memdlm::masked_cross_entropy_backward", mutates_args=())
-@on_its_device
+@op("masked_cross_entropy_backward")
 def _backward(
     grad_nll: Tensor,
     logits: Tensor,
@@ -211,7 +208,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _autograd(ctx: Any, grad_nll: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     grad_logits = None
     if grad_nll is not None:
-        grad_logits = torch.ops.memdlm.masked_cross_entropy_backward(
+        grad_logits = _backward(
             grad_nll, *ctx.saved_tensors, ctx.ignore_index, ctx.softcap, ctx.backend
         )
     return grad_logits, *(None,) * 4
@@ -220,8 +217,7 @@ def _autograd(ctx: Any, grad_nll: Tensor | None, _: None) -> tuple[Tensor | None
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
-@torch.library.custom_op("memdlm::masked_cross_entropy_", mutates_args=("logits",))
-@on_its_device
+@op("masked_cross_entropy_", mutates=("logits",))
 def _forward_(
     logits: Tensor, target: Tensor, ignore_index: int, softcap: float | None, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -232,8 +228,7 @@ def _forward_(
 _forward_.register_fake(_fake)
 
 
-@torch.library.custom_op("memdlm::masked_cross_entropy_scale_", mutates_args=("grad_logits",))
-@on_its_device
+@op("masked_cross_entropy_scale_", mutates=("grad_logits",))
 def _scale_(
     grad_logits: Tensor, grad_nll: Tensor, target: Tensor, ignore_index: int, backend: str
 ) -> None:
@@ -260,9 +255,7 @@ class _Overwrite(torch.autograd.Function):
         if backend == "reference":  # by autograd, which a custom op cannot run
             nll, lse = reference.masked_cross_entropy_(grad_logits, target, ignore_index, softcap)
         else:
-            nll, lse = torch.ops.memdlm.masked_cross_entropy_(
-                grad_logits, target, ignore_index, softcap, backend
-            )
+            nll, lse = _forward_(grad_logits, target, ignore_index, softcap, backend)
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
         ctx.ignore_index, ctx.backend = ignore_index, backend
@@ -280,9 +273,7 @@ class _Overwrite(torch.autograd.Function):
                 "the gradient up"
             )
         grad_logits, ctx.grad_logits = ctx.grad_logits, None
-        torch.ops.memdlm.masked_cross_entropy_scale_(
-            grad_logits, grad_nll, ctx.target, ctx.ignore_index, ctx.backend
-        )
+        _scale_(grad_logits, grad_nll, ctx.target, ctx.ignore_index, ctx.backend)
         return grad_logits, *(None,) * 4
 
 

@@ -8,7 +8,8 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from memdlm_kernels._backends import CPU, REFERENCE, TRITON, choose, on_its_device
+from memdlm_kernels._backends import CPU, REFERENCE, TRITON, choose, without_autocast
+from memdlm_kernels._library import op
 from memdlm_kernels._reduction import check_reduction, check_targets, is_eager_cpu, reduce_nll
 from memdlm_kernels.masked_linear_cross_entropy import cpu, reference
 
@@ -109,18 +110,22 @@ def masked_linear_cross_entropy(
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    _check(hidden, weight, target, bias, ignore_index, softcap, index, chunk_bytes)
+    _check(hidden, weight, target, bias, softcap, index, chunk_bytes)
     check_reduction(target, token_weight, reduction, normalizer)
     facts = (hidden.device, hidden.dtype)
     backend = choose("masked_linear_cross_entropy", _ORDER, backend, *facts)
-    with torch.autocast(hidden.device.type, enabled=False):
+    if backend != "cpu" and is_eager_cpu(target):  # which looks at them itself
+        check_targets(target, ignore_index, weight.shape[0])
+        if index is not None:
+            cpu.check_index(index, hidden.shape[0])
+    with without_autocast(hidden.device.type):
         if backend == "reference":
             nll, lse = reference.masked_linear_cross_entropy(
                 hidden, weight, target, bias, index, ignore_index, softcap
             )
         else:
             head_is_frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
-            nll, lse, _ = torch.ops.memdlm.masked_linear_cross_entropy(
+            nll, lse, _ = _forward(
                 hidden,
                 weight,
                 target,
@@ -141,7 +146,6 @@ def _check(
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
-    ignore_index: int,
     softcap: float | None,
     index: Tensor | None,
     chunk_bytes: int | None,
@@ -181,10 +185,6 @@ def _check(
         raise ValueError(f"softcap must be None or positive and finite, got {softcap}")
     if chunk_bytes is not None and chunk_bytes < 1:
         raise ValueError(f"chunk_bytes must be None or at least 1, got {chunk_bytes}")
-    if is_eager_cpu(target):
-        check_targets(target, ignore_index, weight.shape[0])
-        if index is not None:
-            cpu.check_index(index, hidden.shape[0])
 
 
 _ORDER = (CPU, TRITON, REFERENCE)
@@ -199,8 +199,7 @@ def _implementation(backend: str) -> ModuleType:
     return triton
 
 
-@torch.library.custom_op("memdlm::masked_linear_cross_entropy", mutates_args=())
-@on_its_device
+@op("masked_linear_cross_entropy")
 def _forward(
     hidden: Tensor,
     weight: Tensor,
@@ -245,8 +244,7 @@ def _loss_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@torch.library.custom_op("memdlm::masked_linear_cross_entropy_stash_backward", mutates_args=())
-@on_its_device
+@op("masked_linear_cross_entropy_stash_backward")
 def _stash_backward(
     grad_nll: Tensor,
     stash: Tensor,
@@ -274,8 +272,7 @@ def _(
     return stash.new_empty((rows, stash.shape[1]), dtype=dtype)
 
 
-@torch.library.custom_op("memdlm::masked_linear_cross_entropy_backward", mutates_args=())
-@on_its_device
+@op("masked_linear_cross_entropy_backward")
 def _backward(
     grad_nll: Tensor,
     hidden: Tensor,
@@ -359,13 +356,11 @@ def _autograd(
     grad_hidden = grad_weight = grad_bias = None
     if grad_nll is not None and ctx.need_stash:
         stash, index = ctx.saved_tensors
-        grad_hidden = torch.ops.memdlm.masked_linear_cross_entropy_stash_backward(
-            grad_nll, stash, index, ctx.rows, ctx.dtype, ctx.backend
-        )
+        grad_hidden = _stash_backward(grad_nll, stash, index, ctx.rows, ctx.dtype, ctx.backend)
     elif grad_nll is not None:
         hidden, weight, target, bias, index, nll, lse = ctx.saved_tensors
         need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
-        grad_hidden, grad_weight, grad_bias = torch.ops.memdlm.masked_linear_cross_entropy_backward(
+        grad_hidden, grad_weight, grad_bias = _backward(
             grad_nll,
             hidden,
             weight,

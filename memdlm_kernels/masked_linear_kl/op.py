@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memdlm_kernels._backends import REFERENCE, TRITON, choose, on_its_device, preferred
+from memdlm_kernels._backends import REFERENCE, TRITON, choose, preferred, without_autocast
+from memdlm_kernels._library import op
 from memdlm_kernels._reduction import check_reduction, is_eager_cpu
 from memdlm_kernels.masked_linear_kl import reference
 
@@ -84,13 +85,13 @@ def masked_linear_kl(
     if preferred(backend) != "reference":
         _check_constant(weight, bias)
     backend = choose("masked_linear_kl", _ORDER, backend, student.device, student.dtype)
-    with torch.autocast(student.device.type, enabled=False):
+    with without_autocast(student.device.type):
         if backend == "reference":
             kl = reference.masked_linear_kl(
                 student, teacher, weight, bias, index, direction, temperature, softcap
             )
         else:
-            kl, _ = torch.ops.memdlm.masked_linear_kl(
+            kl, _ = _forward(
                 student,
                 teacher.detach(),
                 weight,
@@ -208,8 +209,7 @@ def _check_token_weight(token_weight: Tensor | None, rows: int, device: torch.de
 _ORDER = (TRITON, REFERENCE)
 
 
-@torch.library.custom_op("memdlm::masked_linear_kl", mutates_args=())
-@on_its_device
+@op("masked_linear_kl")
 def _forward(
     student: Tensor,
     teacher: Tensor,
@@ -262,8 +262,7 @@ def _(
     )
 
 
-@torch.library.custom_op("memdlm::masked_linear_kl_backward", mutates_args=())
-@on_its_device
+@op("masked_linear_kl_backward")
 def _backward(
     grad_kl: Tensor,
     stash: Tensor,
@@ -303,9 +302,7 @@ def _autograd(ctx: Any, grad_kl: Tensor | None, _stash: None) -> tuple[Tensor | 
     grad_student = None
     if grad_kl is not None and ctx.need_stash:
         stash, index = ctx.saved_tensors
-        grad_student = torch.ops.memdlm.masked_linear_kl_backward(
-            grad_kl, stash, index, ctx.rows, ctx.dtype, ctx.backend
-        )
+        grad_student = _backward(grad_kl, stash, index, ctx.rows, ctx.dtype, ctx.backend)
     return grad_student, *(None,) * 10
 
 
