@@ -1,7 +1,9 @@
 """Time variants in alternation, measure their peak memory, and say on what machine."""
 
 import ctypes
+import functools
 import gc
+import hashlib
 import json
 import os
 import platform
@@ -17,6 +19,10 @@ from torch.autograd.profiler_util import MEMORY_EVENT_NAME
 from tqdm import tqdm
 
 _ROOT = Path(__file__).parent.parent
+_CACHE_BYTES = 1 << 28  # more than any GPU's L2
+# What a figure depends on: code, and how it is built.
+_SOURCES = ("memdlm_kernels", "python", "csrc", "bench", "CMakeLists.txt", "pyproject.toml")
+_SOURCE_TYPES = {".py", ".cpp", ".h", ".cu", ".cuh", ".sh", ".txt", ".toml"}
 
 
 def interleaved_ms(
@@ -51,6 +57,30 @@ def interleaved_ms(
             wait(device)
             times[name].append(1e3 * (time.perf_counter() - start))
     return times
+
+
+def device_seconds(run: Callable[[], object], device: torch.device) -> float:
+    """How long `run` takes: on a GPU between two events on its stream, elsewhere by the clock.
+
+    On a GPU the L2 cache is overwritten before, as what else a training step does would; meanwhile
+    the host gets ahead, so that its first launch is not in the time.
+    """
+    if device.type != "cuda":
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    _cache_filler(device).zero_()
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+@functools.cache
+def _cache_filler(device: torch.device) -> torch.Tensor:
+    return torch.empty(_CACHE_BYTES, dtype=torch.uint8, device=device)
 
 
 def percentiles(times_ms: list[float]) -> dict[str, float]:
@@ -139,11 +169,25 @@ def machine(device: torch.device) -> dict[str, Any]:
         # A copy of the tree without its history is told where it is from.
         "commit": _git("rev-parse", "HEAD") or os.environ.get("COMMIT"),
         "dirty": None if changes is None else bool(changes),
+        "sources": source_digest(_ROOT),
     }
     if device.type == "cuda":
         facts["cuda"] = torch.version.cuda
         facts["driver"] = _driver()
     return facts
+
+
+def source_digest(root: Path) -> str:
+    """SHA-256 of the sources below `root`, names and contents.
+
+    A copy of the tree without its history knows no commit; what it was a copy of is found by this
+    (`bench.land`).
+    """
+    files = [path for name in _SOURCES for path in ((root / name), *(root / name).rglob("*"))]
+    digest = hashlib.sha256()
+    for path in sorted(path for path in files if path.is_file() and path.suffix in _SOURCE_TYPES):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def write_rows(path: str | Path | None, rows: list[dict[str, Any]]) -> None:

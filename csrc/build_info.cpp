@@ -23,6 +23,7 @@ PYBIND11_MODULE(_build_info, m, py::mod_gil_not_used()) {
   m.attr("torch_version") = MEMDLM_TORCH_VERSION;
   m.attr("torch_abi") = TorchAbi();
   m.attr("compiler") = MEMDLM_COMPILER;
+  m.attr("cpu") = bool(MEMDLM_CPU_OPS);
   const auto architectures = py::make_tuple(MEMDLM_CUDA_ARCHITECTURES);
   m.attr("cuda") = !architectures.empty();
   m.attr("cuda_architectures") = architectures;

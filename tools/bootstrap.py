@@ -34,7 +34,7 @@ VENV = ROOT / ".venv"
 STAMP = VENV / "memdlm-setup.json"
 CONSTRAINTS = ROOT / "constraints.txt"
 # What of the environment decides what is built.
-BUILD_VARIABLES = ("CXX", "MEMDLM_CUDA", "CUDAARCHS", "TORCH_CUDA_ARCH_LIST")
+BUILD_VARIABLES = ("CXX", "MEMDLM_CPU_OPS", "MEMDLM_CUDA", "CUDAARCHS", "TORCH_CUDA_ARCH_LIST")
 # Where an installed package's folder may lie, as against the standard library and the script's.
 SITE_FOLDERS = ("site-packages", "dist-packages")
 

@@ -1,7 +1,7 @@
 """Measure one variant of a case: first whether it is right, then its memory and time."""
 
+import functools
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +20,7 @@ from bench.op_cases.case import (
     refusal,
     text,
 )
-from bench.timing import peak_mib, percentiles
+from bench.timing import device_seconds, peak_mib, percentiles
 
 # Of (what is timed, what runs before each round, rounds): the rounds' times in milliseconds.
 Timer = Callable[[Callable[[], None], Callable[[], None], int], list[float]]
@@ -112,7 +112,7 @@ class Timing:
         Args:
             number: of this visit, from 0.
             visits: over how many the rounds are spread.
-            timer: how; None for a plain loop.
+            timer: how, on a CPU; None for a plain loop.
         """
         parts = -(-self.rounds * (number + 1) // (visits * _ROUNDS_OF_A_VISIT))
         due = min(self.rounds, parts * _ROUNDS_OF_A_VISIT) - len(self.times_ms)
@@ -120,9 +120,11 @@ class Timing:
             return
         device = self.problem.device
         if number:  # others ran since: each base is to find what this one leaves in the caches
-            _finish(self.run, device)
-        self.times_ms += (timer or _loop)(
-            lambda: _finish(self.run, device),
+            self.run()
+        if timer is None or device.type == "cuda":  # whose events time a GPU, no clock of the host
+            timer = functools.partial(_loop, device)
+        self.times_ms += timer(
+            lambda: _finish(self.run),
             lambda: self.base_times_ms.append(self._time_base()),
             due,
         )
@@ -229,23 +231,19 @@ def _least_seconds(run: Run, device: torch.device) -> float:
 
 
 def _seconds(run: Run, device: torch.device) -> float:
-    start = time.perf_counter()
-    _finish(run, device)
-    return time.perf_counter() - start
+    return device_seconds(lambda: _finish(run), device)
 
 
-def _finish(run: Run, device: torch.device) -> None:
+def _finish(run: Run) -> None:
     """Run, and let no result live beside the next run's."""
     run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
-def _loop(run: Callable[[], None], before: Callable[[], None], rounds: int) -> list[float]:
+def _loop(
+    device: torch.device, run: Callable[[], None], before: Callable[[], None], rounds: int
+) -> list[float]:
     times_ms = []
     for _ in range(rounds):
         before()
-        start = time.perf_counter()
-        run()
-        times_ms.append(1e3 * (time.perf_counter() - start))
+        times_ms.append(1e3 * device_seconds(run, device))
     return times_ms

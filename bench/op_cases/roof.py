@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from bench.op_cases.case import text
-from bench.timing import wait
+from bench.timing import device_seconds
 
 # Rows and columns of the product: the larger ones are the better for a GPU, not for every CPU.
 _SIZES = {"cpu": (1_024, 2_048), "cuda": (4_096, 8_192)}
@@ -34,7 +34,8 @@ def roof(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         out = torch.empty_like(a)
         work["gemm"].append((2 * size**3, lambda a=a, b=b, out=out: torch.mm(a, b, out=out)))
-    source = torch.zeros(_COPY_BYTES[device.type], dtype=torch.uint8, device=device)
+    # Random: zeros are copied and multiplied faster than data.
+    source = torch.randint(256, (_COPY_BYTES[device.type],), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     work["copy"].append((2 * source.nbytes, lambda: target.copy_(source)))
     for _, run in (*work["gemm"], *work["copy"]):
@@ -46,7 +47,7 @@ def roof(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
         while rounds < _LEAST_ROUNDS or time.perf_counter() < end:
             for kind, runs in work.items():
                 for amount, run in runs:
-                    best[kind] = max(best[kind], amount / _seconds(run, device) / 1e9)
+                    best[kind] = max(best[kind], amount / device_seconds(run, device) / 1e9)
             rounds += 1
             progress.update()
     return {
@@ -55,11 +56,3 @@ def roof(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
         "gemm_gflops": round(best["gemm"], 1),
         "copy_gb_s": round(best["copy"], 1),
     }
-
-
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    wait(device)
-    start = time.perf_counter()
-    run()
-    wait(device)
-    return time.perf_counter() - start

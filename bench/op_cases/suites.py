@@ -178,5 +178,26 @@ def _gpu() -> list[Case]:
     ]
 
 
-_SUITES = {"tiny": _tiny, "quick": _quick, "cpu": _cpu, "gpu": _gpu}
+def _smoke() -> list[Case]:
+    """Of `_gpu`, each op once with all of its gradients: what tells most in a minute."""
+    hidden, vocabulary = 2_048, 157_184
+    rows, count, inner = 65_536, 64, 1_024
+    everything = ("x", "base", *_INNER)
+    return [
+        cross_entropy.linear_case(1_024, 410, hidden, vocabulary, _BF16),
+        cross_entropy.linear_case(410, 410, hidden, vocabulary, _BF16, head_trains=True),
+        cross_entropy.logits_case(1_024, 410, vocabulary, _BF16),
+        cross_entropy.kl_case(410, hidden, vocabulary, _BF16),
+        lora.lora_case(1, 8_192, 4_096, 12_288, _BF16, everything),
+        experts.linear_case(rows, count, hidden, 2 * inner, _BF16, ("x",)),
+        experts.lora_case(1, count, rows, hidden, 2 * inner, 2, _BF16, everything),
+        ffn.experts_case(rows, count, hidden, inner, _BF16, ("x", "gate", *_INNER)),
+        ffn.dense_case(8_192, 4_096, 12_288, _BF16, _GATED_INNER),
+        fast_weights.sgd_case(1, fast_weights.LLADA2_MINI, _F32),
+        fast_weights.function_case(1, fast_weights.LLADA2_MINI, _F32),
+        fast_weights.reset_case(1, fast_weights.LLADA2_MINI, _BF16, cast=True),
+    ]
+
+
+_SUITES = {"smoke": _smoke, "tiny": _tiny, "quick": _quick, "cpu": _cpu, "gpu": _gpu}
 SUITE_NAMES = tuple(_SUITES)

@@ -3,7 +3,7 @@ import sys
 import memdlm_kernels
 from memdlm_kernels import _build
 
-FACTS = {"version", "torch_version", "torch_abi", "compiler", "cuda", "cuda_architectures"}
+FACTS = {"version", "torch_version", "torch_abi", "compiler", "cpu", "cuda", "cuda_architectures"}
 
 
 def test_built():
