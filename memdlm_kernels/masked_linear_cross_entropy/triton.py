@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memdlm_kernels._triton.add_rows import add_rows, groups, scatter_rows
+from memdlm_kernels._triton.add_rows import add_rows, groups, scatter_rows, sum_long_runs
 from memdlm_kernels._triton.cross_entropy import (
     LOWEST,
     add_words,
@@ -367,6 +367,7 @@ def _backward(
     grad_rows = nll.new_empty((rows, depth) if need_grad_hidden else (0,))
     grad_words = nll.new_empty((columns, depth) if need_grad_weight else (0,))
     words_read = groups(target)
+    of_words = sum_long_runs(scaled_coefficient, h, words_read) if need_grad_weight else None
     # The words are the outer loop: the gradient of W is complete, and rounded once, tile by tile.
     for first_word in range(0, vocabulary, columns):
         words = min(columns, vocabulary - first_word)
@@ -406,10 +407,11 @@ def _backward(
                 torch.add(sums, part if first > 0 else 0.0, out=part)
         if need_grad_weight:
             part = grad_words.narrow(0, 0, words)
-            add_rows(part, scaled_coefficient, h, words_read, first_word)
+            add_rows(part, scaled_coefficient, h, words_read, of_words, first_word)
             torch.mul(part, _inverse(scale), out=grad_weight.narrow(0, first_word, words))
     if need_grad_bias:
-        add_rows(grad_bias.unsqueeze(1), scaled_coefficient, None, words_read, 0)
+        of_words = sum_long_runs(scaled_coefficient, None, words_read)
+        add_rows(grad_bias.unsqueeze(1), scaled_coefficient, None, words_read, of_words, 0)
         torch.mul(grad_bias, _inverse(scale), out=grad_bias)
     if need_grad_hidden:
         factor = None if scale is None else torch.ones_like(nll) / scale

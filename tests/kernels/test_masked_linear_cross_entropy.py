@@ -170,6 +170,14 @@ def test_tile_wider_than_a_block(monkeypatch, small_tiles, backend, device, dtyp
         assert_accurate(inputs, backend, device, trainable=trainable, chunk_bytes=chunk_bytes)
 
 
+@with_dtypes(torch.float32, torch.bfloat16)
+def test_one_word_for_most_rows(backend, device, dtype):
+    """As where responses are padded with the token that ends them."""
+    inputs = make_inputs(150, 16, 20, dtype, keep=1.0, bias=True)
+    inputs["target"][20:] = 7
+    assert_accurate(inputs, backend, device, trainable=True, grad=torch.rand(150))
+
+
 @pytest.mark.parametrize(("backend", "device"), backends("triton"))
 @TRAINABLE
 def test_small_gradients_survive_float16(backend, device, trainable):
