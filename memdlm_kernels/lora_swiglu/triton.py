@@ -17,6 +17,10 @@ from memdlm_kernels._triton import dense, low_rank
 from memdlm_kernels._triton.groups import most_tiles
 from memdlm_kernels._triton.swiglu import swiglu_backward_kernel, swiglu_forward_kernel
 
+# Tiles of a program where rows abound, and how many programs then are enough for any GPU.
+_MOST_TILES = 4
+_MANY = 1024
+
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -108,6 +112,10 @@ def _pass(
         strides = weight.stride()
     groups = sets * experts
     blocks = _blocks(gate, ranks)
+    across = triton.cdiv(columns, blocks["BLOCK_C"])
+    abound = rows // (_MOST_TILES * blocks["BLOCK_M"]) * across >= _MANY
+    # Without weights of a group to hold there is nothing to share.
+    tiles = _MOST_TILES if abound and 0 < ranks <= blocks["BLOCK_R"] else 1
     names = ("weight_set", "weight_expert", "weight_projection", "weight_rank", "weight_column")
     arguments = dict(
         gate=gate,
@@ -124,11 +132,11 @@ def _pass(
         shrink_row=2 * ranks,
         **dict(zip(names, strides, strict=True)),
         GROUPS=triton.next_power_of_2(groups),
+        TILES=tiles,
         RANKS=ranks,
         **blocks,
     )
-    tiles = triton.cdiv(columns, blocks["BLOCK_C"])
-    return (most_tiles(rows, groups, blocks["BLOCK_M"]) * tiles,), arguments
+    return (most_tiles(rows, groups, tiles * blocks["BLOCK_M"]) * across,), arguments
 
 
 def _blocks(gate: Tensor, ranks: int) -> dict[str, int]:

@@ -1,4 +1,7 @@
-"""masked_linear_cross_entropy on the CPU: one pass over vocabulary chunks (csrc/cpu)."""
+"""masked_linear_cross_entropy on the CPU: one pass over vocabulary chunks (csrc/cpu).
+
+Ignored rows are left out whatever `compact` is: their number is known here without a wait.
+"""
 
 import torch
 from torch import Tensor
@@ -42,6 +45,7 @@ def masked_linear_cross_entropy(
     softcap: float | None,
     chunk_bytes: int | None,
     need_stash: bool,
+    compact: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     hidden, weight, target, index = _prepare(hidden, weight, target, index, ignore_index)
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -79,6 +83,7 @@ def masked_linear_cross_entropy_backward(
     need_grad_hidden: bool,
     need_grad_weight: bool,
     need_grad_bias: bool,
+    compact: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = hidden.shape[0]
     dtype = hidden.dtype

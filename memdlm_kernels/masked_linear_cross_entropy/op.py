@@ -32,6 +32,7 @@ def masked_linear_cross_entropy(
     normalizer: float | Tensor | None = None,
     return_lse: Literal[False] = False,
     chunk_bytes: int | None = None,
+    compact: bool = True,
     backend: str | None = None,
 ) -> Tensor: ...
 @overload
@@ -49,6 +50,7 @@ def masked_linear_cross_entropy(
     normalizer: float | Tensor | None = None,
     return_lse: Literal[True],
     chunk_bytes: int | None = None,
+    compact: bool = True,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 def masked_linear_cross_entropy(
@@ -65,6 +67,7 @@ def masked_linear_cross_entropy(
     normalizer: float | Tensor | None = None,
     return_lse: bool = False,
     chunk_bytes: int | None = None,
+    compact: bool = True,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Cross-entropy of a language-model head at the masked rows, without the logits.
@@ -91,6 +94,11 @@ def masked_linear_cross_entropy(
         return_lse: also return the rows' log-sum-exp.
         chunk_bytes: bytes of logits that one thread of a CPU, or a GPU, may hold at a time; None
             fits the cache. On a GPU at least 1,024 rows are held, of as many words as then fit.
+        compact: without `index`, leave ignored rows out of a GPU's products. The host waits for
+            their number, once in forward and once in backward of a head that trains; not while a
+            CUDA graph is captured, which takes all rows. False: nothing waits, and an ignored row
+            costs what another does. With `index`, made on the host with the batch, nothing waits
+            either: give it the rows that are not ignored. A CPU always leaves them out.
         backend: "cpu", "triton" (not float64) or "reference"; None takes the first that fits.
 
     Returns:
@@ -135,6 +143,7 @@ def masked_linear_cross_entropy(
                 softcap,
                 chunk_bytes,
                 torch.is_grad_enabled() and hidden.requires_grad and head_is_frozen,
+                compact,
                 backend,
             )
         loss = reduce_nll(nll, target, token_weight, ignore_index, reduction, normalizer)
@@ -210,11 +219,12 @@ def _forward(
     softcap: float | None,
     chunk_bytes: int | None,
     need_stash: bool,
+    compact: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(nll [M], lse [M], stash [M, D] = d nll_i / d h_i: empty where not needed)."""
     return _implementation(backend).masked_linear_cross_entropy(
-        hidden, weight, target, bias, index, ignore_index, softcap, chunk_bytes, need_stash
+        hidden, weight, target, bias, index, ignore_index, softcap, chunk_bytes, need_stash, compact
     )
 
 
@@ -229,6 +239,7 @@ def _(
     softcap: float | None,
     chunk_bytes: int | None,
     need_stash: bool,
+    compact: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = _loss_dtype(hidden.dtype)
@@ -288,6 +299,7 @@ def _backward(
     need_grad_hidden: bool,
     need_grad_weight: bool,
     need_grad_bias: bool,
+    compact: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(grad_hidden, grad_weight, grad_bias); what is not needed is an empty tensor."""
@@ -306,6 +318,7 @@ def _backward(
         need_grad_hidden,
         need_grad_weight,
         need_grad_bias,
+        compact,
     )
 
 
@@ -325,6 +338,7 @@ def _(
     need_grad_hidden: bool,
     need_grad_weight: bool,
     need_grad_bias: bool,
+    compact: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
@@ -338,7 +352,8 @@ def _setup_context(
     ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     hidden, weight, target, bias, index, *options = inputs
-    ctx.ignore_index, ctx.softcap, ctx.chunk_bytes, ctx.need_stash, ctx.backend = options
+    ctx.ignore_index, ctx.softcap, ctx.chunk_bytes, ctx.need_stash, *options = options
+    ctx.compact, ctx.backend = options
     nll, lse, stash = output
     # Not the stash either: a second derivative must fail, not take it for a constant.
     ctx.mark_non_differentiable(lse, stash)
@@ -375,12 +390,13 @@ def _autograd(
             need_hidden,
             need_weight,
             need_bias,
+            ctx.compact,
             ctx.backend,
         )
         grad_hidden = grad_hidden if need_hidden else None
         grad_weight = grad_weight if need_weight else None
         grad_bias = grad_bias if need_bias else None
-    return grad_hidden, grad_weight, None, grad_bias, *(None,) * 6
+    return grad_hidden, grad_weight, None, grad_bias, *(None,) * 7
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

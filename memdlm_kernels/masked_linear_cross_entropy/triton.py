@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memdlm_kernels._triton.add_rows import add_rows, groups, scatter_rows
+from memdlm_kernels._triton.add_rows import add_rows, groups, scatter_rows, sum_long_runs
 from memdlm_kernels._triton.cross_entropy import (
     LOWEST,
     add_words,
@@ -190,6 +190,74 @@ def masked_linear_cross_entropy(
     softcap: float | None,
     chunk_bytes: int | None,
     need_stash: bool,
+    compact: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    options = (ignore_index, softcap, chunk_bytes, need_stash)
+    kept = _kept_rows(target, ignore_index) if compact and index is None else None
+    if kept is None:
+        return _forward(hidden, weight, target, bias, index, *options)
+    nll, lse, stash = _forward(hidden, weight, target.index_select(0, kept), bias, kept, *options)
+    rows = target.shape[0]
+    stash = _among_zeros(stash, kept, rows) if need_stash else stash
+    return _among_zeros(nll, kept, rows), _among_zeros(lse, kept, rows), stash
+
+
+def masked_linear_cross_entropy_backward(
+    grad_nll: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    index: Tensor | None,
+    nll: Tensor,
+    lse: Tensor,
+    ignore_index: int,
+    softcap: float | None,
+    chunk_bytes: int | None,
+    need_grad_hidden: bool,
+    need_grad_weight: bool,
+    need_grad_bias: bool,
+    compact: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    options = (ignore_index, softcap, chunk_bytes)
+    needs = (need_grad_hidden, need_grad_weight, need_grad_bias)
+    # Found again: an op's output has a shape that is known without its values, and this has none.
+    kept = _kept_rows(target, ignore_index) if compact and index is None else None
+    if kept is None:
+        return _backward(grad_nll, hidden, weight, target, bias, index, nll, lse, *options, *needs)
+    grad_nll, h, label, nll, lse = (
+        tensor.index_select(0, kept) for tensor in (grad_nll, hidden, target, nll, lse)
+    )
+    grad_hidden, grad_weight, grad_bias = _backward(
+        grad_nll, h, weight, label, bias, None, nll, lse, *options, *needs
+    )
+    if need_grad_hidden:
+        grad_hidden = _among_zeros(grad_hidden, kept, target.shape[0])
+    return grad_hidden, grad_weight, grad_bias
+
+
+def _kept_rows(target: Tensor, ignore_index: int) -> Tensor | None:
+    """The rows not ignored, or None to take all; the host waits for a GPU, where it may."""
+    if target.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
+    kept = torch.nonzero(target != ignore_index).squeeze(1)
+    return None if kept.shape == target.shape else kept
+
+
+def _among_zeros(rows: Tensor, kept: Tensor, count: int) -> Tensor:
+    return rows.new_zeros(count, *rows.shape[1:]).index_copy_(0, kept, rows)
+
+
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    index: Tensor | None,
+    ignore_index: int,
+    softcap: float | None,
+    chunk_bytes: int | None,
+    need_stash: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     hidden, weight, target = _with_rows(hidden), _with_rows(weight), target.contiguous()
     bias = None if bias is None else bias.contiguous()
@@ -257,7 +325,7 @@ def masked_linear_cross_entropy(
     return nll, lse, stash
 
 
-def masked_linear_cross_entropy_backward(
+def _backward(
     grad_nll: Tensor,
     hidden: Tensor,
     weight: Tensor,
@@ -299,6 +367,7 @@ def masked_linear_cross_entropy_backward(
     grad_rows = nll.new_empty((rows, depth) if need_grad_hidden else (0,))
     grad_words = nll.new_empty((columns, depth) if need_grad_weight else (0,))
     words_read = groups(target)
+    of_words = sum_long_runs(scaled_coefficient, h, words_read) if need_grad_weight else None
     # The words are the outer loop: the gradient of W is complete, and rounded once, tile by tile.
     for first_word in range(0, vocabulary, columns):
         words = min(columns, vocabulary - first_word)
@@ -338,10 +407,11 @@ def masked_linear_cross_entropy_backward(
                 torch.add(sums, part if first > 0 else 0.0, out=part)
         if need_grad_weight:
             part = grad_words.narrow(0, 0, words)
-            add_rows(part, scaled_coefficient, h, words_read, first_word)
+            add_rows(part, scaled_coefficient, h, words_read, of_words, first_word)
             torch.mul(part, _inverse(scale), out=grad_weight.narrow(0, first_word, words))
     if need_grad_bias:
-        add_rows(grad_bias.unsqueeze(1), scaled_coefficient, None, words_read, 0)
+        of_words = sum_long_runs(scaled_coefficient, None, words_read)
+        add_rows(grad_bias.unsqueeze(1), scaled_coefficient, None, words_read, of_words, 0)
         torch.mul(grad_bias, _inverse(scale), out=grad_bias)
     if need_grad_hidden:
         factor = None if scale is None else torch.ones_like(nll) / scale

@@ -39,7 +39,8 @@ def token_losses(
         [M] float32 (float64 for float64 rows).
     """
     if teacher is None:
-        return masked_linear_cross_entropy(rows, weight, target, bias=bias)
+        # Ignored are at most the rows that fill up M: the step does not wait to count them.
+        return masked_linear_cross_entropy(rows, weight, target, bias=bias, compact=False)
     if config.inner_loss in ("kl", "reverse_kl"):
         return masked_linear_kl(
             rows,

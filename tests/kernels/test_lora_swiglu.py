@@ -122,6 +122,34 @@ def test_matches_truth(backend, device, dtype, weight_dtype, shape, stacked):
         assert value.dtype == (weight_dtype if name in "AB" else dtype)
 
 
+@pytest.mark.usefixtures("poisoned")
+@FUSED
+@STACKED
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("leading", "own", "lengths"),
+    [
+        pytest.param((515,), (4,), [150, 0, 300, 65], id="experts"),
+        pytest.param((2, 260), (2,), None, id="per sequence"),
+    ],
+)
+def test_programs_of_several_tiles(
+    monkeypatch, backend, device, dtype, stacked, leading, own, lengths
+):
+    """As where rows abound: against programs of one tile each, bit for bit."""
+    implementation = pytest.importorskip("memdlm_kernels.lora_swiglu.triton")
+    monkeypatch.setitem(SHAPES, "many", (leading, own, lengths, 16, 40, 5))
+    tensors, offsets = inputs(
+        "many", stacked, dtype=dtype, weight_dtype=torch.float32, device=device
+    )
+    grad_h = grad_of(tensors)
+    expected = outputs(tensors, offsets, grad_h, backend)
+    monkeypatch.setattr(implementation, "_MANY", 1)
+    actual = assert_right(tensors, offsets, grad_h, backend)
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+
+
 @STACKED
 @pytest.mark.parametrize(
     "shape", ["odd", "per sequence", "experts", "experts per sequence, some empty"]

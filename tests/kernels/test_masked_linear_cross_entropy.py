@@ -7,7 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import memdlm_kernels.flops  # noqa: F401 - registers the formulas
 from memdlm_kernels import masked_linear_cross_entropy
-from tests.kernels.devices import backends
+from memdlm_kernels._triton import product
+from tests.kernels.devices import HAS_GPU, backends
 from tests.kernels.truth import assert_as_accurate
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -169,6 +170,14 @@ def test_tile_wider_than_a_block(monkeypatch, small_tiles, backend, device, dtyp
         assert_accurate(inputs, backend, device, trainable=trainable, chunk_bytes=chunk_bytes)
 
 
+@with_dtypes(torch.float32, torch.bfloat16)
+def test_one_word_for_most_rows(backend, device, dtype):
+    """As where responses are padded with the token that ends them."""
+    inputs = make_inputs(150, 16, 20, dtype, keep=1.0, bias=True)
+    inputs["target"][20:] = 7
+    assert_accurate(inputs, backend, device, trainable=True, grad=torch.rand(150))
+
+
 @pytest.mark.parametrize(("backend", "device"), backends("triton"))
 @TRAINABLE
 def test_small_gradients_survive_float16(backend, device, trainable):
@@ -269,6 +278,101 @@ def test_ignored_rows_are_not_read(backend, device, trainable, index):
     dirty = loss_and_gradients(inputs, **options)
     for name, value in clean.items():
         torch.testing.assert_close(dirty[name], value)
+
+
+@pytest.fixture
+def multiplications(monkeypatch):
+    """A list to which each product of Triton's backend adds how many multiplications it takes."""
+    triton = pytest.importorskip("memdlm_kernels.masked_linear_cross_entropy.triton")
+    counts = []
+
+    def product_(out, a, b, accumulate):
+        counts.append(a.numel() * b.shape[1])
+        product.product_(out, a, b, accumulate)
+
+    monkeypatch.setattr(triton, "product_", product_)
+    return counts
+
+
+@pytest.fixture
+def searches(monkeypatch):
+    """A list with one element for each search for the rows not ignored: a GPU's host waits."""
+    found, nonzero = [], torch.nonzero
+
+    def spy(*args, **options):
+        found.append(nonzero(*args, **options))
+        return found[-1]
+
+    monkeypatch.setattr(torch, "nonzero", spy)
+    return found
+
+
+@pytest.mark.parametrize(("backend", "device"), backends("triton"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@TRAINABLE
+@pytest.mark.parametrize("keep", [0.0, 0.4, 1.0], ids=["no row", "some rows", "every row"])
+@pytest.mark.parametrize(("bias", "softcap"), [(False, None), (True, 4.0)], ids=["plain", "capped"])
+def test_ignored_rows_cost_no_product(
+    multiplications, backend, device, dtype, trainable, keep, bias, softcap
+):
+    inputs = make_inputs(30, 16, 64, dtype, keep=keep, bias=bias)
+    ignored = inputs["target"] == IGNORED
+    inputs["hidden"][ignored] = float("nan")
+    options = {"trainable": trainable, "softcap": softcap, "grad": torch.rand(30)}
+    actual = assert_accurate(inputs, backend, device, **options)
+    for name in ("nll", "lse", "grad_hidden"):
+        assert not actual[name].cpu()[ignored].any(), name
+    products = 4 if trainable else 2
+    assert sum(multiplications) == products * int((~ignored).sum()) * 16 * 64
+
+
+@pytest.mark.parametrize(("backend", "device"), backends("triton"))
+@TRAINABLE
+def test_ignored_rows_that_are_not_left_out(multiplications, backend, device, trainable):
+    inputs = make_inputs(30, 16, 64, torch.bfloat16, keep=0.4)
+    options = {"trainable": trainable, "grad": torch.rand(30), "compact": False}
+    inputs["hidden"][inputs["target"] == IGNORED] = float("nan")
+    assert_accurate(inputs, backend, device, **options)
+    assert sum(multiplications) == (4 if trainable else 2) * 30 * 16 * 64
+
+
+@pytest.mark.parametrize(("backend", "device"), backends("triton"))
+@pytest.mark.parametrize(("trainable", "waits"), [(False, 1), (True, 2)])
+def test_waits(searches, backend, device, trainable, waits):
+    inputs = make_inputs(30, 16, 64, torch.bfloat16)
+    options = {"backend": backend, "device": device, "trainable": trainable}
+    loss_and_gradients(inputs, **options, compact=False)
+    loss_and_gradients(inputs | {"index": torch.arange(30)}, **options)
+    assert not searches
+    loss_and_gradients(inputs, **options)
+    assert len(searches) == waits
+
+
+def test_no_copy_where_no_row_is_ignored():
+    triton = pytest.importorskip("memdlm_kernels.masked_linear_cross_entropy.triton")
+    target = torch.arange(5)
+    assert triton._kept_rows(target, IGNORED) is None
+    assert triton._kept_rows(target, 2).tolist() == [0, 1, 3, 4]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
+@TRAINABLE
+def test_in_a_cuda_graph_all_rows_are_taken(trainable):
+    inputs = make_inputs(30, 16, 64, torch.bfloat16)
+    inputs = {name: value.cuda() for name, value in inputs.items()}
+    options = {"backend": "triton", "device": "cuda", "trainable": trainable}
+    expected = loss_and_gradients(inputs, **options, compact=False)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        loss_and_gradients(inputs, **options)  # the first call of a library may not be captured
+        with torch.cuda.graph(graph, stream=stream):
+            actual = loss_and_gradients(inputs, **options)
+    graph.replay()
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -437,7 +541,7 @@ def test_opcheck(backend, device, dtype, trainable):
     hidden, weight, target, bias = inputs.values()
     for index in (None, torch.tensor([0, 0, 5, 2, 1, 3], device=device)):
         arguments = (hidden, weight, target, bias, index, IGNORED, 3.0, None, not trainable)
-        arguments += (backend,)
+        arguments += (True, backend)
         torch.library.opcheck(torch.ops.memdlm.masked_linear_cross_entropy.default, arguments)
 
 
@@ -447,7 +551,7 @@ def test_opcheck_of_the_backward_ops(backend, device):
     inputs = {name: value.to(device) for name, value in inputs.items()}
     hidden, weight, target, bias = inputs.values()
     nll, lse, stash = torch.ops.memdlm.masked_linear_cross_entropy(
-        hidden, weight, target, bias, None, IGNORED, None, None, True, backend
+        hidden, weight, target, bias, None, IGNORED, None, None, True, True, backend
     )
     grad_nll = torch.rand(6, device=device)
     torch.library.opcheck(
@@ -458,7 +562,7 @@ def test_opcheck_of_the_backward_ops(backend, device):
         torch.library.opcheck(
             torch.ops.memdlm.masked_linear_cross_entropy_backward.default,
             (grad_nll, hidden, weight, target, bias, None, nll, lse, IGNORED, None, None, *needed)
-            + (backend,),
+            + (True, backend),
         )
 
 

@@ -31,13 +31,13 @@ def _all(rows, vocabulary, depth, dtype, *, bias, softcap) -> None:
     grad_nll = empty(rows, dtype=torch.float32)
     for chunk_bytes in CHUNK_BYTES:
         options = (-100, softcap, chunk_bytes)
-        triton.masked_linear_cross_entropy(*head, index, *options, False)
-        nll, lse, stash = triton.masked_linear_cross_entropy(*head, index, *options, True)
+        triton.masked_linear_cross_entropy(*head, index, *options, False, False)
+        nll, lse, stash = triton.masked_linear_cross_entropy(*head, index, *options, True, False)
         for rows_of in (index, None):
             triton.masked_linear_cross_entropy_stash_backward(
                 grad_nll, stash, rows_of, 2 * rows, dtype
             )
             rows_read = hidden if rows_of is not None else hidden.narrow(0, 0, rows)
             triton.masked_linear_cross_entropy_backward(
-                grad_nll, rows_read, *head[1:], rows_of, nll, lse, *options, True, True, bias
+                grad_nll, rows_read, *head[1:], rows_of, nll, lse, *options, True, True, bias, False
             )
