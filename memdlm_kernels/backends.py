@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from memdlm_kernels.combine_rows import op as combine_rows
 from memdlm_kernels.fast_weight_reset import op as fast_weight_reset
 from memdlm_kernels.fast_weight_sgd import op as fast_weight_sgd
 from memdlm_kernels.grouped_linear import op as grouped_linear
@@ -20,6 +21,7 @@ _HIDDEN, _INNER, _RANK, _EXPERTS = 2048, 1024, 32, 64
 
 # What the backends look at beside the device: a layer of LLaDA-MoE in bfloat16.
 _OPS: Mapping[str, tuple[Any, tuple[Any, ...]]] = {
+    "combine_rows": (combine_rows, (_DTYPE,)),
     "fast_weight_reset_": (fast_weight_reset, ()),
     "fast_weight_sgd": (fast_weight_sgd, ()),
     "fast_weight_sgd_": (fast_weight_sgd, ()),
@@ -33,6 +35,7 @@ _OPS: Mapping[str, tuple[Any, tuple[Any, ...]]] = {
     "masked_cross_entropy": (masked_cross_entropy, (_DTYPE,)),
     "masked_linear_cross_entropy": (masked_linear_cross_entropy, (_DTYPE,)),
     "masked_linear_kl": (masked_linear_kl, (_DTYPE,)),
+    "spread_rows": (combine_rows, (_DTYPE,)),
 }
 
 

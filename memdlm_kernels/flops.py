@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.utils.flop_counter import register_flop_formula
 
+from memdlm_kernels.combine_rows.op import FLOP_FORMULAS as COMBINE_ROWS
 from memdlm_kernels.grouped_linear.op import FLOP_FORMULAS as GROUPED_LINEAR
 from memdlm_kernels.grouped_lora_linear.op import FLOP_FORMULAS as GROUPED_LORA_LINEAR
 from memdlm_kernels.lora_linear.op import FLOP_FORMULAS as LORA_LINEAR
@@ -17,6 +18,7 @@ from memdlm_kernels.masked_linear_cross_entropy.op import FLOP_FORMULAS as MASKE
 from memdlm_kernels.masked_linear_kl.op import FLOP_FORMULAS as MASKED_LINEAR_KL
 
 for _op, _formula in {
+    **COMBINE_ROWS,
     **GROUPED_LINEAR,
     **GROUPED_LORA_LINEAR,
     **LORA_LINEAR,

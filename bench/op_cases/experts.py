@@ -1,4 +1,4 @@
-"""Cases of grouped_linear and grouped_lora_linear: stacked experts and their low-rank updates."""
+"""Cases of grouped_linear, grouped_lora_linear, combine_rows and spread_rows: stacked experts."""
 
 from collections.abc import Callable
 from functools import partial
@@ -24,14 +24,16 @@ from bench.op_cases.case import (
 )
 from bench.op_cases.lora import SCALE, gradients
 from memdlm.experts import IMPLEMENTATION, PROJECTIONS, run_experts
-from memdlm_kernels import grouped_linear, grouped_lora_linear
+from memdlm_kernels import combine_rows, grouped_linear, grouped_lora_linear, spread_rows
 
-_FLOAT32_BYTES, _INT32_BYTES = 4, 4
+_FLOAT32_BYTES, _INT32_BYTES, _INT64_BYTES = 4, 4, 8
 # Rounded to the dtype: A and B (kept in float32), the shrink, its product with B, times the scale,
 # plus the base.
 _LORA_ROUNDINGS = 6
 # The result alone: the products' sums are in float32.
 _LINEAR_ROUNDINGS = 1
+# Of the rows weighted and of their sum; ours rounds the sum alone.
+_COMBINE_ROUNDINGS = 2
 # Of a layer: gate and up with its LoRA, their activation and product, down with its LoRA, the
 # weighted sum; and back.
 _LAYER_ROUNDINGS = 12
@@ -168,6 +170,93 @@ def lora_case(
     )
 
 
+def combine_case(
+    tokens: int, hidden: int, top_k: int, dtype: torch.dtype, *, bounds: bool = False
+) -> Case:
+    """The weighted sum of each token's experts, gathered from where they left their outputs.
+
+    Args:
+        tokens, hidden, top_k: N, D, k.
+        dtype: of rows and weights.
+        bounds: also measure a copy of the bytes.
+    """
+    wanted, places = ("rows", "weight"), tokens * top_k
+
+    def inputs(generator: torch.Generator) -> Inputs:
+        return {
+            "rows": randn(generator, places, hidden, dtype=dtype),
+            "index": _places_of(generator, tokens, top_k),
+            "weight": randn(generator, tokens, top_k).softmax(-1).to(dtype),
+            "grad_out": randn(generator, tokens, hidden, dtype=dtype),
+        }
+
+    def ours(backend: str) -> Make:
+        return differentiated(combine_rows, wanted, backend=backend)
+
+    op = "combine_rows"
+    functions: dict[str, Callable[..., Tensor]] = {
+        "gather, products of one row": _gather_and_multiply,
+        "gather, weigh, sum": _gather_and_sum,
+    }
+    peers = [Variant(name, differentiated(each, wanted)) for name, each in functions.items()]
+    traffic = 2 * (places + tokens) * hidden * dtype.itemsize
+    traffic += places * (_INT64_BYTES + 2 * dtype.itemsize)
+    if bounds:
+        peers.append(copy_of(traffic))
+    return Case(
+        op=op,
+        name=f"[{places}, {hidden}] -> {tokens}, top {top_k}, {gradients(wanted)}",
+        dtype=dtype,
+        inputs=inputs,
+        truth=ours("reference"),
+        variants=backends(op, ours) + tuple(peers),
+        roundings=_COMBINE_ROUNDINGS,
+        longest_sum=max(hidden, top_k),
+        bytes=traffic,
+    )
+
+
+def spread_case(
+    tokens: int, hidden: int, top_k: int, dtype: torch.dtype, *, bounds: bool = False
+) -> Case:
+    """Each token's row to its experts, and the sum of what comes back.
+
+    Args:
+        tokens, hidden, top_k: N, D, k.
+        dtype: of rows.
+        bounds: also measure a copy of the bytes.
+    """
+    wanted, places = ("rows",), tokens * top_k
+
+    def inputs(generator: torch.Generator) -> Inputs:
+        return {
+            "rows": randn(generator, tokens, hidden, dtype=dtype),
+            "index": _places_of(generator, tokens, top_k),
+            "grad_out": randn(generator, places, hidden, dtype=dtype),
+        }
+
+    def ours(backend: str) -> Make:
+        return differentiated(spread_rows, wanted, backend=backend)
+
+    op = "spread_rows"
+    peers = [Variant("sort, gather", differentiated(_sort_and_gather, wanted))]
+    traffic = 2 * (places + tokens) * hidden * dtype.itemsize + places * _INT64_BYTES
+    if bounds:
+        peers.append(copy_of(traffic))
+    return Case(
+        op=op,
+        name=f"[{tokens}, {hidden}] -> {places}, top {top_k}, {gradients(wanted)}",
+        dtype=dtype,
+        inputs=inputs,
+        truth=ours("reference"),
+        variants=backends(op, ours) + tuple(peers),
+        # The peer's gradient is added up in the dtype, row by row.
+        roundings=top_k,
+        longest_sum=top_k,
+        bytes=traffic,
+    )
+
+
 def layer_case(
     tokens: int,
     hidden: int,
@@ -269,6 +358,25 @@ def _by_group(x: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     if A.dim() == 4:
         A, B = A.transpose(0, 1).flatten(0, 1), B.transpose(0, 1).flatten(0, 1)
     return A, B
+
+
+def _places_of(generator: torch.Generator, tokens: int, top_k: int) -> Tensor:
+    """[N, k] int64, where rows sorted by expert are; here in any order."""
+    places = torch.randperm(tokens * top_k, generator=generator, device=generator.device)
+    return places.view(tokens, top_k)
+
+
+def _gather_and_multiply(rows: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    chosen = rows.index_select(0, index.flatten()).unflatten(0, index.shape)
+    return (weight[:, None] @ chosen)[:, 0]
+
+
+def _gather_and_sum(rows: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    return (weight[..., None] * rows[index]).sum(1)
+
+
+def _sort_and_gather(rows: Tensor, index: Tensor) -> Tensor:
+    return rows[index.flatten().argsort() // index.shape[1]]
 
 
 def _layer(inputs: Inputs, top_k: int) -> OlmoeExperts:

@@ -46,6 +46,8 @@ def _tiny() -> list[Case]:
             experts.linear_case(40, 3, 16, 24, dtype, ("x",), bounds=True),
             experts.lora_case(1, 3, 40, 16, 32, 2, dtype, ("x", "base", *_INNER), rank=8),
             experts.lora_case(2, 3, 40, 16, 32, 1, dtype, _INNER, rank=8, bounds=True),
+            experts.combine_case(20, 16, 2, dtype, bounds=True),
+            experts.spread_case(20, 16, 2, dtype, bounds=True),
             experts.layer_case(20, 16, 8, 4, 2, dtype, rank=8),
             ffn.activation_case(12, 24, dtype, bounds=True),
             ffn.dense_case(12, 16, 24, dtype, _GATED_INNER, rank=8, bounds=True),
@@ -76,6 +78,8 @@ def _quick() -> list[Case]:
             experts.lora_case(1, 32, 4_096, 256, 256, 2, _F32, wanted)
             for wanted in (_INNER, _OUTER, ())
         ),
+        experts.combine_case(1_024, 256, 8, _F32),
+        experts.spread_case(1_024, 256, 8, _F32),
         experts.layer_case(1_024, 256, 128, 64, 8, _F32),
         ffn.dense_case(1_024, 384, 1_024, _F32, _GATED_INNER),
         ffn.activation_case(1_024, 1_024, _F32),
@@ -130,6 +134,8 @@ def _cpu() -> list[Case]:
             experts.lora_case(1, 64, 8_192, 256, 256, 2, _BF16, wanted)
             for wanted in (_INNER, _OUTER, ())
         ),
+        experts.combine_case(1_024, 2_048, 8, _BF16),
+        experts.spread_case(1_024, 2_048, 8, _BF16),
         # A quarter of a layer of LLaDA-MoE.
         experts.layer_case(1_024, 2_048, 1_024, 16, 4, _BF16),
         ffn.dense_case(1_024, 384, 1_024, _BF16, _GATED_INNER),
@@ -164,6 +170,8 @@ def _gpu() -> list[Case]:
             experts.lora_case(1, count, rows, hidden, 2 * inner, 2, _BF16, wanted, bounds=True)
             for wanted in (_INNER, _OUTER, ())
         ),
+        experts.combine_case(8_192, hidden, 8, _BF16, bounds=True),
+        experts.spread_case(8_192, hidden, 8, _BF16, bounds=True),
         experts.layer_case(2_048, hidden, inner, count, 8, _BF16),
         ffn.experts_case(rows, count, hidden, inner, _BF16, ("x", "gate", *_INNER), bounds=True),
         ffn.dense_case(8_192, 4_096, 12_288, _BF16, _GATED_INNER, bounds=True),

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from memdlm import gated_ffn
-from memdlm_kernels import grouped_linear, grouped_lora_linear, lora_swiglu
+from memdlm_kernels import (
+    combine_rows,
+    grouped_linear,
+    grouped_lora_linear,
+    lora_swiglu,
+    spread_rows,
+)
 
 IMPLEMENTATION = "memdlm"
 
@@ -49,13 +55,11 @@ class _Order:
     """Rows sorted by expert, and within an expert by sequence.
 
     Attributes:
-        places: [N k], the row and choice n k + j that comes to each sorted place.
-        inverse: [N k], the sorted place of each.
+        places: [N, k], the sorted place of each row's choices.
         ends: [E, S] int32, where the rows of each expert and sequence end.
     """
 
     places: Tensor
-    inverse: Tensor
     ends: Tensor
 
 
@@ -118,12 +122,10 @@ def grouped_experts(
     """
     sets = max([update.sets for update in updates], default=1)
     order = _sort(top_k_index, experts.num_experts, sets)
-    rows = _Spread.apply(hidden_states, order.places, order.inverse)  # [N k, D]
+    rows = spread_rows(hidden_states, order.places)  # [N k, D]
     inner = _activate(experts, rows, order, updates)  # [N k, I]
     out = _project("down_proj", experts, inner, order, updates)  # [N k, D]
-    back = _Permute.apply(out, order.inverse, order.places)
-    chosen = back.unflatten(0, top_k_index.shape)  # [N, k, D]
-    return _WeightedSum.apply(chosen, top_k_weights).to(hidden_states.dtype)
+    return combine_rows(out, order.places, top_k_weights, dtype=hidden_states.dtype)
 
 
 def _sort(index: Tensor, expert_count: int, sets: int) -> _Order:
@@ -136,13 +138,13 @@ def _sort(index: Tensor, expert_count: int, sets: int) -> _Order:
             + torch.arange(sets, device=index.device).repeat_interleave(count // sets)[:, None]
         )
     group = group.flatten()
-    places = group.argsort(stable=True)
-    inverse = torch.empty_like(places)
-    inverse[places] = torch.arange(count * top_k, device=index.device)
+    chosen = group.argsort(stable=True)  # the row and choice n k + j that comes to each place
+    places = torch.empty_like(chosen)
+    places[chosen] = torch.arange(count * top_k, device=index.device)
     sizes = torch.zeros(expert_count * sets, dtype=torch.int32, device=index.device)
     sizes.scatter_add_(0, group, torch.ones_like(group, dtype=torch.int32))
     ends = sizes.cumsum(0, dtype=torch.int32)
-    return _Order(places, inverse, ends.unflatten(0, (expert_count, sets)))
+    return _Order(places.view(count, top_k), ends.unflatten(0, (expert_count, sets)))
 
 
 def _activate(experts: Any, rows: Tensor, order: _Order, updates: tuple[Update, ...]) -> Tensor:
@@ -214,54 +216,6 @@ class _FourBitLinear(torch.autograd.Function):
             grad.contiguous(), ctx.experts, ctx.name, ctx.ends, not ctx.transposed
         )
         return rows, None, None, None, None
-
-
-class _WeightedSum(torch.autograd.Function):
-    """sum_k weight[n, k] chosen[n, k], in the weights' dtype: [N, k, D] and [N, k] to [N, D].
-
-    Routers may weigh in float32 where experts compute in less; what is kept for backward is not
-    widened, nor is a weighted copy made.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, chosen: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(chosen, weight)
-        with torch.autocast(chosen.device.type, enabled=False):
-            return (weight[:, None] @ chosen.to(weight.dtype))[:, 0]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        chosen, weight = ctx.saved_tensors
-        grad_chosen = (weight[..., None] * grad[:, None]).to(chosen.dtype)
-        grad_weight = (chosen.to(weight.dtype) @ grad[..., None])[..., 0]
-        return grad_chosen, grad_weight
-
-
-class _Permute(torch.autograd.Function):
-    """rows[places]; its gradient is gathered by the inverse, where indexing would scatter."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, places: Tensor, inverse: Tensor) -> Tensor:
-        ctx.places, ctx.inverse = places, inverse
-        return rows.index_select(0, places)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _Permute.apply(grad, ctx.inverse, ctx.places), None, None
-
-
-class _Spread(torch.autograd.Function):
-    """Each row k times, sorted: [N, D] to [N k, D]; its gradient sums over the k."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, places: Tensor, inverse: Tensor) -> Tensor:
-        ctx.places, ctx.inverse, ctx.count = places, inverse, len(rows)
-        return rows.index_select(0, places // (len(places) // len(rows)))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        back = _Permute.apply(grad, ctx.inverse, ctx.places)
-        return back.unflatten(0, (ctx.count, -1)).sum(1), None, None
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, grouped_experts)

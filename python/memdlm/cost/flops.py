@@ -289,9 +289,10 @@ class _Model:
             return self._gated(run, rows, width, in_grad, last=False)
         stacked = self._linear(run, rows, hidden, 2 * width, True, in_grad, experts=2)
         cost = stacked + self._linear(run, rows, width, hidden, True, True, experts=1)
-        # The weighted sum over the k experts; in backward the gradient of the weights.
+        # The weighted sum over the k experts; in backward the gradient of the router's weights, if
+        # its input or the router itself has one.
         weighted = 2 * rows * hidden
-        return cost + _Cost(weighted, weighted, weighted)
+        return cost + _Cost(weighted, weighted * (in_grad or run.weights), weighted)
 
     def _gated(
         self, run: _Pass, rows: float, width: int, in_grad: bool, *, last: bool = True
