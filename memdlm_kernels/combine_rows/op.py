@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memdlm_kernels._backends import REFERENCE, TRITON, Backend, choose, on_its_device
+from memdlm_kernels._backends import REFERENCE, TRITON, Backend, choose, without_autocast
+from memdlm_kernels._library import op
 from memdlm_kernels.combine_rows import cpu, reference
 
 Shape = Sequence[int]
@@ -65,9 +66,9 @@ def combine_rows(
         widest = torch.promote_types(widest, weight.dtype)
     backend = choose("combine_rows", _ORDER, backend, rows.device, widest)
     if backend == "reference":
-        with torch.autocast(rows.device.type, enabled=False):
+        with without_autocast(rows.device.type):
             return reference.combine_rows(rows, index, weight, dtype)
-    return torch.ops.memdlm.combine_rows(rows, index, weight, dtype, backend)
+    return _combine(rows, index, weight, dtype, backend)
 
 
 def spread_rows(rows: Tensor, index: Tensor, *, backend: str | None = None) -> Tensor:
@@ -100,7 +101,7 @@ def spread_rows(rows: Tensor, index: Tensor, *, backend: str | None = None) -> T
     backend = choose("spread_rows", _ORDER, backend, rows.device, rows.dtype)
     if backend == "reference":
         return reference.spread_rows(rows, index)
-    return torch.ops.memdlm.spread_rows(rows, index, index.numel(), backend)
+    return _spread(rows, index, index.numel(), backend)
 
 
 def _check(rows: Tensor, index: Tensor) -> None:
@@ -155,8 +156,7 @@ def _module(backend: str) -> Any:
     return triton
 
 
-@torch.library.custom_op("memdlm::combine_rows", mutates_args=())
-@on_its_device
+@op("combine_rows")
 def _combine(
     rows: Tensor, index: Tensor, weight: Tensor | None, dtype: torch.dtype, backend: str
 ) -> Tensor:
@@ -170,8 +170,7 @@ def _(
     return rows.new_empty(index.shape[0], rows.shape[1], dtype=dtype)
 
 
-@torch.library.custom_op("memdlm::combine_rows_backward", mutates_args=())
-@on_its_device
+@op("combine_rows_backward")
 def _combine_backward(
     grad_out: Tensor,
     rows: Tensor | None,
@@ -208,8 +207,7 @@ def _(
     )
 
 
-@torch.library.custom_op("memdlm::spread_rows", mutates_args=())
-@on_its_device
+@op("spread_rows")
 def _spread(rows: Tensor, index: Tensor, count: int, backend: str) -> Tensor:
     """[count, D]: zeros where the index names no place."""
     return _module(backend).spread_rows(rows, index, count)
@@ -231,12 +229,10 @@ def _setup_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _combine_autograd(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     rows, index, weight = ctx.saved_tensors
     if weight is None:
-        grad_rows = torch.ops.memdlm.spread_rows(
-            grad_out.to(ctx.dtype), index, ctx.count, ctx.backend
-        )
+        grad_rows = _spread(grad_out.to(ctx.dtype), index, ctx.count, ctx.backend)
         return grad_rows, None, None, None, None
     need_grad_rows, *_ = ctx.needs_input_grad
-    grad_rows, grad_weight = torch.ops.memdlm.combine_rows_backward(
+    grad_rows, grad_weight = _combine_backward(
         grad_out, rows, index, weight, ctx.count, ctx.dtype, need_grad_rows, ctx.backend
     )
     return (
@@ -255,7 +251,7 @@ def _setup_spread(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _spread_autograd(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     (index,) = ctx.saved_tensors
-    grad_rows = torch.ops.memdlm.combine_rows(grad_out, index, None, grad_out.dtype, ctx.backend)
+    grad_rows = _combine(grad_out, index, None, grad_out.dtype, ctx.backend)
     return grad_rows, None, None, None
 
 
