@@ -17,6 +17,7 @@ from memdlm.config import MemoryConfig
 from memdlm.data.collator import State
 from memdlm.fast_weights import FastWeights
 from memdlm.inner_loop import Boundary, InnerTrace, adapt, recomputes
+from memdlm.sdpa import sdpa_backend
 
 _READ_BY_ADAPT = ("valid", "target", "weight", "sample")
 # Each keeps its own copies of a batch's activations.
@@ -79,7 +80,7 @@ class InnerGraph:
         return InnerTrace(trace.loss.clone(), trace.norm.clone(), trace.skipped.clone())
 
     def _modes(self, device: torch.device) -> Hashable:
-        """What decides which kernels run, beside the shapes: dropout, autocast, the outer LoRA."""
+        """What decides which kernels run, beside the shapes: dropout, autocast, LoRA, attention."""
         autocast = torch.is_autocast_enabled(device.type)
         adapters = [
             (module.disable_adapters, module.merged, tuple(module.active_adapters))
@@ -88,7 +89,8 @@ class InnerGraph:
             if hasattr(module, "disable_adapters")
         ]
         dtype = torch.get_autocast_dtype(device.type) if autocast else None
-        return self._backbone.decoder.training, dtype, tuple(adapters)
+        decoder = self._backbone.decoder
+        return decoder.training, dtype, sdpa_backend(decoder), tuple(adapters)
 
     def _forget_moved_weights(self) -> None:
         """A recording reads and writes fixed addresses: of the model and of the fast weights."""
