@@ -112,9 +112,10 @@ class MemoryConfig:
             one step after the other, whole passes of the model among them. "exact_suffix" leaves
             out what reaches the outer parameters through the layers below the fast weights in
             states noisier than the anchor.
-        inner_graph: launch the reset and all inner steps as one CUDA graph. The rows of a state are
-            padded, to 256, 512, 768, 1024, 1536, 2048, 3072 and so on; a batch of other shapes is
-            recorded anew (16 recordings are kept), so pad sequences to few lengths.
+        inner_graph: launch the reset and all inner steps as one CUDA graph. The rows of a batch's
+            states are padded to that of 256, 512, 768, 1024, 1536, 2048, 3072 and so on which fits
+            the largest state; a batch of other shapes is recorded anew (24 recordings are kept), so
+            pad sequences to few lengths. `inner_graph_captures` in the log counts them.
         prompt_ratio: share of a prompt's tokens that the anchor state masks when a memory is
             written from a prompt (inference), in (0, 1].
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from memdlm.backbone import Backbone
 from memdlm.config import MemoryConfig
@@ -20,8 +21,9 @@ from memdlm.inner_loop import Boundary, InnerTrace, adapt, recomputes
 from memdlm.sdpa import sdpa_backend
 
 _READ_BY_ADAPT = ("valid", "target", "weight", "sample")
-# Each keeps its own copies of a batch's activations.
-_MOST_RECORDINGS = 16
+# Each keeps its own copies of a batch's activations. Batches of one padded length have no more
+# shapes, whatever their responses (docs/decisions/gpu_engine_options.md).
+_MOST_RECORDINGS = 24
 
 
 class InnerGraph:
@@ -73,11 +75,23 @@ class InnerGraph:
         known = key in self._recorded
         fixed, recording = self._recorded.pop(key) if known else self._record(inputs)
         self._recorded[key] = fixed, recording
-        with torch.no_grad():
-            torch._foreach_copy_(fixed, tensors)
-        trace = recording.replay()
+        # What a graph launches lies in no range of the profiler but this one.
+        with record_function("memdlm.inner_graph"):
+            with torch.no_grad():
+                torch._foreach_copy_(fixed, tensors)
+            trace = recording.replay()
         self._fast_weights.mark_written()
-        return InnerTrace(trace.loss.clone(), trace.norm.clone(), trace.skipped.clone())
+        return InnerTrace(
+            trace.loss.clone(), trace.norm.clone(), trace.skipped.clone(), captured=not known
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """What the recordings hold: copies of their inputs, and their pool of memory."""
+        return sum(
+            recording.pool_bytes + sum(tensor.nbytes for tensor in fixed)
+            for fixed, recording in self._recorded.values()
+        )
 
     def _modes(self, device: torch.device) -> Hashable:
         """What decides which kernels run, beside the shapes: dropout, autocast, LoRA, attention."""
@@ -148,7 +162,10 @@ class _Recording:
             with torch.cuda.graph(
                 self._graph, pool, self._stream, capture_error_mode="thread_local"
             ):
+                before = torch.cuda.memory_reserved()
                 self._trace = run()
+                # By which the shared pool grew.
+                self.pool_bytes = torch.cuda.memory_reserved() - before
 
     def replay(self) -> InnerTrace:
         with torch.cuda.device(self._device):

@@ -30,11 +30,14 @@ class InnerTrace:
         loss: [steps, S] float32 (float64 for a float64 model), each step's loss before its update.
         norm: [steps, S, P], gradient norms before clipping.
         skipped: [steps, S] bool, updates left out because a loss or gradient was not finite.
+        captured: with `inner_graph`, whether these shapes were new, so that a graph was captured;
+            None without.
     """
 
     loss: Tensor
     norm: Tensor
     skipped: Tensor
+    captured: bool | None = None
 
 
 @dataclass(frozen=True)
