@@ -96,7 +96,8 @@ class MemoryConfig:
         state_dtype: "float32" keeps the fast weights in fp32 and casts them for the matmuls,
             "compute" keeps them in the dtype of the layers.
         inner_checkpoint: "none" stores the activations of an inner step, "layer" recomputes them
-            layer by layer, "auto" recomputes where they would not fit in the free memory.
+            layer by layer, "auto" recomputes where they would not fit in the memory that is free
+            when a batch of that shape comes first.
         prefix_reuse: "prompt_kv" runs the layers below the fast weights, in states noisier than the
             anchor, on the response alone; the prompt's keys, values and activations are those of
             the anchor's pass. Exact in block diffusion, where the prompt does not see the response,
