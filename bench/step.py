@@ -78,6 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--sdpa_backends",
         nargs="+",
         default=[],
+        choices=("cudnn", "flash", "efficient", "math"),
         help="attention backends that mdlm and memdlm are measured with too",
     )
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds")

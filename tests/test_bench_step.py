@@ -10,7 +10,7 @@ from torch.profiler import record_function
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from bench import compare, step, variants
+from bench import compare, graph_shapes, step, variants
 from bench.breakdown import Event, analyse, profile_steps
 from bench.cases import SUITES, StepCase
 from bench.operator_counts import OperatorCounts
@@ -240,6 +240,21 @@ def test_a_graph_has_the_flops_of_the_steps_it_launches(monkeypatch):
     assert found["memdlm_graph"]["peak_mib"] > 3
     assert "inner_graph" in found["memdlm_graph"]["parts_ms"]
     assert "inner_suffix" not in found["memdlm_graph"]["parts_ms"]
+
+
+def test_the_shapes_of_graphs_are_counted(monkeypatch, capsys):
+    monkeypatch.setattr(graph_shapes, "_BATCHES", 30)
+    graph_shapes.main()
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert len(rows) == 5 * 2 * 3
+    shapes = {tuple(row[:3]): int(row[3]) for row in rows}
+    for stream, k, rule in shapes:
+        if rule == "the largest state's":
+            assert shapes[stream, k, rule] <= shapes[stream, k, "each state's own size"]
+            assert shapes[stream, k, rule] <= shapes[stream, k, "the same, finer"]
+    # Three batches of two shapes, with one kept.
+    monkeypatch.setattr(graph_shapes, "_MOST_RECORDINGS", 1)
+    assert graph_shapes._captures([[(1, 2)], [(1, 2)], [(3, 4)], [(1, 2)]]) == 3
 
 
 def tiny_model_of(case):
