@@ -21,8 +21,8 @@ from memdlm.inner_loop import Boundary, InnerTrace, adapt, recomputes
 from memdlm.sdpa import sdpa_backend
 
 _READ_BY_ADAPT = ("valid", "target", "weight", "sample")
-# Each keeps its own copies of a batch's activations. Batches of one padded length have about as many
-# shapes at most, whatever their responses (docs/decisions/gpu_engine_options.md).
+# Each keeps its own copies of a batch's activations. Batches of one padded length have hardly more
+# shapes, whatever their responses (docs/decisions/gpu_engine_options.md).
 _MOST_RECORDINGS = 24
 
 
