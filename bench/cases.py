@@ -134,6 +134,8 @@ class Suite:
         naive_every: n: `memdlm_naive`, much slower than the rest, takes part in each nth alone.
         prompt_kv: whether `memdlm_prompt_kv` is measured.
         exact: whether `memdlm_exact` is, in the cost cases.
+        graph: whether `memdlm_graph` is, likewise.
+        sdpa_backends: with which `mdlm` and `memdlm` are measured once more, likewise.
         op_rounds: timed rounds of an op, at most.
         op_seconds: for about how long one is timed, with our default beside it.
         op_visits: over how many visits its rounds are spread; beyond one, all cases lie in memory.
@@ -151,6 +153,8 @@ class Suite:
     naive_every: int = 1
     prompt_kv: bool = True
     exact: bool = True
+    graph: bool = False
+    sdpa_backends: tuple[str, ...] = ()
 
 
 _REAL = [
@@ -221,5 +225,8 @@ SUITES = {
         ],
         repeats=3,
         op_rounds=21,
+        graph=True,
+        # Which of the two is PyTorch's own order follows from its cuDNN: one of them shows nothing.
+        sdpa_backends=("cudnn", "flash"),
     ),
 }

@@ -125,6 +125,8 @@ def _run_steps(
                 naive_every=suite.naive_every,
                 prompt_kv=suite.prompt_kv,
                 exact=suite.exact and is_cost,
+                graph=suite.graph and is_cost,
+                sdpa_backends=suite.sdpa_backends if is_cost else (),
                 extra_steps=[2],
                 repeats=suite.repeats,
                 device=device,

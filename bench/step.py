@@ -71,6 +71,16 @@ def main(arguments: list[str] | None = None) -> None:
         help="leave out memdlm_naive, which --gradient_checkpointing does anyway",
     )
     parser.add_argument("--without_exact", action="store_true", help="leave out memdlm_exact")
+    parser.add_argument(
+        "--without_graph", action="store_true", help="leave out memdlm_graph, as a CPU always does"
+    )
+    parser.add_argument(
+        "--sdpa_backends",
+        nargs="+",
+        default=[],
+        choices=("cudnn", "flash", "efficient", "math"),
+        help="attention backends that mdlm and memdlm are measured with too",
+    )
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds")
     parser.add_argument("--batches", type=int, default=1, help="batches in one round")
     parser.add_argument("--json", type=Path, help="append one JSON line per variant to this file")
@@ -85,6 +95,8 @@ def main(arguments: list[str] | None = None) -> None:
         dtype=DTYPES[options.dtype],
         naive=not (options.without_naive or case.gradient_checkpointing),
         exact=not options.without_exact,
+        graph=not options.without_graph,
+        sdpa_backends=options.sdpa_backends,
         path=options.json,
     )
     print_table(rows)
@@ -126,6 +138,8 @@ def measure(
     naive_every: int = 1,
     prompt_kv: bool = True,
     exact: bool = True,
+    graph: bool = False,
+    sdpa_backends: Sequence[str] = (),
     extra_steps: Sequence[int] | None = None,
     suite: str | None = None,
     run: str | None = None,
@@ -143,7 +157,9 @@ def measure(
         naive_every: n, for it to take part in each nth round alone.
         prompt_kv: whether `memdlm_prompt_kv` is measured too.
         exact: whether `memdlm_exact` is.
-        extra_steps: with which of `inner_steps` those three are; None for all.
+        graph: whether `memdlm_graph` is, on a GPU.
+        sdpa_backends: with which `mdlm` and `memdlm` are measured once more.
+        extra_steps: with which of `inner_steps` all but `memdlm` are; None for all.
         suite: the suite's name for the rows, None by hand.
         run: when the invocation began, UTC, ISO seconds; None for now.
         path: a file that gets each row as a JSON line as soon as it is there.
@@ -152,7 +168,8 @@ def measure(
         One row for each variant.
 
     Raises:
-        ValueError: variants whose losses differ, `memdlm_naive` with gradient checkpointing.
+        ValueError: variants whose losses differ, `memdlm_naive` with gradient checkpointing, an
+            attention backend that the device has not.
     """
     steps = make_steps(
         case,
@@ -163,6 +180,8 @@ def measure(
         naive=naive,
         prompt_kv=prompt_kv,
         exact=exact,
+        graph=graph,
+        sdpa_backends=sdpa_backends,
         extra_steps=extra_steps,
     )
     steps = check_losses(steps, device)
@@ -199,6 +218,10 @@ def measure(
                 grown_mib = round(rss_mib(take_round), 1)
             else:
                 take_round()
+        flops = counts.flops // batches
+        if variant == "memdlm_graph":  # what a graph launches is not dispatched, so not counted
+            launched_singly = [r for r in rows if (r["variant"], r["k"]) == ("memdlm", int(k))]
+            flops = launched_singly[0]["flops"] if launched_singly else flops
         row = {
             **facts,
             "variant": variant,
@@ -206,9 +229,9 @@ def measure(
             "every": every.get(name, 1),
             "times_ms": [round(time_ms, 3) for time_ms in own_ms],
             **percentiles(own_ms),
-            "peak_mib": round(peak_mib(take_round, device) + steps[name].held_bytes / 2**20, 1),
+            "peak_mib": round(peak_mib(take_round, device) + steps[name].held_bytes() / 2**20, 1),
             "rss_mib": grown_mib,
-            "flops": counts.flops // batches,
+            "flops": flops,
             "parts_ms": parts_ms,
             "calls": breakdown.calls,
             "launches": breakdown.launches,

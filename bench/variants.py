@@ -7,6 +7,9 @@
 - `memdlm` is ours, and computes the same.
 - `memdlm_prompt_kv` is ours with `prefix_reuse="prompt_kv"`, which computes something near it.
 - `memdlm_exact` is ours with `meta_gradient="exact"`: the gradient through the inner steps too.
+- `memdlm_graph` is ours with `inner_graph=True`: the inner loop as one CUDA graph.
+- `mdlm_cudnn`, `memdlm_cudnn` and so on are ours with that `sdpa_backend` first; the others leave
+  the order to PyTorch.
 
 A step is forward, backward and AdamW; the batches are made beforehand. Its parts are marked for
 `bench.breakdown`.
@@ -49,11 +52,13 @@ class Step:
 
     Attributes:
         take: runs it on the batch of this number and returns its loss.
-        held_bytes: what the method keeps between steps beyond weights and optimizer state.
+        held_bytes: what the method keeps, after a step, beyond weights and optimizer state.
+        is_extra: whether the other variants are measured where this one cannot run.
     """
 
     take: Take
-    held_bytes: int = 0
+    held_bytes: Callable[[], int] = lambda: 0
+    is_extra: bool = False
 
     def __call__(self, number: int) -> Tensor:
         return self.take(number)
@@ -69,6 +74,8 @@ def make_steps(
     naive: bool = True,
     prompt_kv: bool = True,
     exact: bool = False,
+    graph: bool = False,
+    sdpa_backends: Sequence[str] = (),
     extra_steps: Sequence[int] | None = None,
 ) -> dict[str, Step]:
     """A training step of each variant, as a function of the batch's number.
@@ -82,14 +89,23 @@ def make_steps(
         prompt_kv: whether `memdlm_prompt_kv` is; with K = 1 it never is: there is no noisier state,
             whose prefix could be reused.
         exact: whether `memdlm_exact` is.
-        extra_steps: those of `inner_steps` that these three are made for, None for all.
+        graph: whether `memdlm_graph` is; on a CPU it never is, which stderr says.
+        sdpa_backends: for which `mdlm` and `memdlm` are made once more.
+        extra_steps: those of `inner_steps` that variants beside `memdlm` are made for, None for
+            all.
 
     Returns:
         Variant (with " K=..." where it has one) to a step that returns its loss.
 
     Raises:
-        ValueError: `memdlm_naive` with gradient checkpointing.
+        ValueError: `memdlm_naive` with gradient checkpointing; an attention backend that the device
+            has not.
     """
+    for backend in sdpa_backends:
+        _check_sdpa_backend(backend, device)
+    if graph and device.type != "cuda":
+        print(f"memdlm_graph is left out: it needs a GPU, not {device.type}", file=sys.stderr)
+        graph = False
     if naive and case.gradient_checkpointing:
         raise ValueError(
             "naive must be False with gradient_checkpointing, got True: its fast weights hang on "
@@ -111,6 +127,8 @@ def make_steps(
     steps["mdlm_all_rows"] = optimised_published(lambda n: _all_rows(published, plain[n]))
     objective = MDLMObjective(model, diffusion)
     steps["mdlm"] = optimised(lambda n: _ours(objective, plain[n]))
+    for backend in sdpa_backends:
+        steps[f"mdlm_{backend}"] = _with_sdpa_backend(model, backend, steps["mdlm"])
     for k in inner_steps:
         extra = extra_steps is None or k in extra_steps
         if naive and extra:
@@ -118,14 +136,46 @@ def make_steps(
             own = make_batches(case, diffusion, memory, batches, device)
             plainly = _naive_step(looped, case, diffusion, memory, own)
             steps[f"memdlm_naive K={k}"] = optimised_published(plainly)
-        more = {"memdlm_prompt_kv": prompt_kv and k > 1, "memdlm_exact": exact}
+        more = {
+            "memdlm_graph": graph,
+            "memdlm_prompt_kv": prompt_kv and k > 1,
+            "memdlm_exact": exact,
+        }
         for variant in ("memdlm", *(name for name, wanted in more.items() if wanted and extra)):
             memory = memory_of(variant, k)
             own = make_batches(case, diffusion, memory, batches, device)
             ours = MemDLMObjective(model, diffusion, memory)
             step = optimised(lambda n, ours=ours, own=own: _ours(ours, own[n]))
-            steps[f"{variant} K={k}"] = replace(step, held_bytes=ours.fast_weights.nbytes)
+            steps[f"{variant} K={k}"] = replace(
+                step,
+                held_bytes=lambda ours=ours: ours.held_bytes,
+                is_extra=variant == "memdlm_graph",
+            )
+        for backend in sdpa_backends if extra else ():
+            steps[f"memdlm_{backend} K={k}"] = _with_sdpa_backend(
+                model, backend, steps[f"memdlm K={k}"]
+            )
     return steps
+
+
+def _with_sdpa_backend(model: nn.Module, backend: str, step: Step) -> Step:
+    """The step with an attention backend first, on the model of the other variants."""
+    from memdlm.sdpa import set_sdpa_backend  # `compare` runs older trees, which lack it
+
+    def take(number: int) -> Tensor:
+        set_sdpa_backend(model, backend)
+        try:
+            return step(number)
+        finally:
+            set_sdpa_backend(model, "auto")
+
+    return replace(step, take=take, is_extra=True)
+
+
+def _check_sdpa_backend(backend: str, device: torch.device) -> None:
+    from memdlm.sdpa import check_sdpa_backend
+
+    check_sdpa_backend(backend, device)
 
 
 def memory_of(variant: str, k: int) -> MemoryConfig:
@@ -134,6 +184,8 @@ def memory_of(variant: str, k: int) -> MemoryConfig:
         return MemoryConfig(inner_steps=k, prefix_reuse="prompt_kv")
     if variant == "memdlm_exact":
         return MemoryConfig(inner_steps=k, meta_gradient="exact")
+    if variant == "memdlm_graph":
+        return MemoryConfig(inner_steps=k, inner_graph=True)
     return MemoryConfig(inner_steps=k)
 
 
@@ -147,7 +199,7 @@ def check_losses(steps: dict[str, Step], device: torch.device) -> dict[str, Step
         device: what they run on.
 
     Returns:
-        The steps that fit; what does not is named on stderr.
+        The steps that fit, and those extra ones that run at all; what does not is named on stderr.
 
     Raises:
         ValueError: losses that differ, or not even `mdlm` fits.
@@ -158,10 +210,12 @@ def check_losses(steps: dict[str, Step], device: torch.device) -> dict[str, Step
         if device.type == "cpu" and name not in plain_names:
             fitting[name] = step
             continue
+        # Libraries say by a RuntimeError that they have no kernel for a shape, or no graph.
+        expected = RuntimeError if getattr(step, "is_extra", False) else torch.OutOfMemoryError
         try:
             losses[name] = float(step(0))
             fitting[name] = step
-        except torch.OutOfMemoryError as error:
+        except expected as error:
             print(f"{name} is left out: {str(error).splitlines()[0]}", file=sys.stderr)
     if "mdlm" not in losses:
         raise ValueError("mdlm must fit in the memory of the GPU: take a smaller case")

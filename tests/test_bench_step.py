@@ -8,14 +8,17 @@ import pytest
 import torch
 from torch.profiler import record_function
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
 
-from bench import compare, step, variants
+from bench import compare, graph_shapes, step, variants
 from bench.breakdown import Event, analyse, profile_steps
-from bench.cases import StepCase
+from bench.cases import SUITES, StepCase
 from bench.operator_counts import OperatorCounts
 from bench.results import check_row
 from bench.timing import interleaved_ms, peak_mib, rss_mib
-from memdlm.config import DiffusionConfig
+from memdlm import inner_graph
+from memdlm.config import DiffusionConfig, MemoryConfig
+from memdlm.objective import MemDLMObjective
 from memdlm_kernels import lora_linear
 
 CPU = torch.device("cpu")
@@ -135,6 +138,127 @@ def test_what_does_not_fit_is_left_out(capsys):
     assert "mdlm_all_rows is left out: no 80 GB" in capsys.readouterr().err
     with pytest.raises(ValueError, match="mdlm must fit"):
         variants.check_losses({"mdlm": too_large}, CPU)
+
+
+def test_an_extra_variant_that_cannot_run_costs_no_other(capsys):
+    def no_plan(_):
+        raise RuntimeError("no execution plan\nsecond line")
+
+    plain = {name: variants.Step(lambda _: torch.tensor(1.0)) for name in ("mdlm_all_rows", "mdlm")}
+    gpu = torch.device("cuda")
+    steps = {**plain, "mdlm_cudnn": variants.Step(no_plan, is_extra=True)}
+    assert list(variants.check_losses(steps, gpu)) == list(plain)
+    assert capsys.readouterr().err.strip().endswith("mdlm_cudnn is left out: no execution plan")
+    with pytest.raises(RuntimeError, match="no execution plan"):
+        variants.check_losses({**plain, "memdlm K=2": variants.Step(no_plan)}, gpu)
+
+
+def test_attention_backends_are_measured_beside_the_default():
+    steps = variants.make_steps(
+        CASE,
+        [1, 2],
+        1,
+        CPU,
+        torch.float32,
+        naive=False,
+        prompt_kv=False,
+        sdpa_backends=("math", "flash"),
+        extra_steps=[2],
+    )
+    names = ["mdlm_all_rows", "mdlm", "mdlm_math", "mdlm_flash", "memdlm K=1"]
+    assert list(steps) == [*names, "memdlm K=2", "memdlm_math K=2", "memdlm_flash K=2"]
+    operators = {}
+    for name in ("mdlm_math", "mdlm", "mdlm_flash", "memdlm_math K=2", "memdlm K=2"):
+        with torch.autograd.profiler.profile() as profiler:
+            steps[name](0)
+        operators[name] = {event.name for event in profiler.function_events}
+    for name, seen in operators.items():
+        flash = "aten::_scaled_dot_product_flash_attention_for_cpu" in seen
+        assert flash == ("math" not in name)
+    assert steps["memdlm_math K=2"].held_bytes() == steps["memdlm K=2"].held_bytes() > 0
+    with pytest.raises(ValueError, match=r"sdpa_backend must be one of .* on cpu, got 'cudnn'"):
+        variants.make_steps(CASE, [2], 1, CPU, torch.float32, sdpa_backends=("cudnn",))
+
+
+def test_a_cpu_leaves_out_the_graph_and_says_why(capsys):
+    steps = variants.make_steps(CASE, [2], 1, CPU, torch.float32, naive=False, graph=True)
+    assert "memdlm_graph K=2" not in steps
+    said = "memdlm_graph is left out: it needs a GPU, not cpu"
+    assert said in capsys.readouterr().err
+
+
+def test_the_suite_for_a_gpu_has_the_graph_and_both_orders():
+    gpu = SUITES["gpu"]
+    assert gpu.graph
+    assert gpu.sdpa_backends == ("cudnn", "flash")
+    for name in ("quick", "cpu"):
+        assert not SUITES[name].graph
+        assert SUITES[name].sdpa_backends == ()
+    assert variants.memory_of("memdlm_graph", 3) == MemoryConfig(inner_steps=3, inner_graph=True)
+    assert variants.memory_of("memdlm_cudnn", 3) == variants.memory_of("memdlm", 3)
+
+
+def test_a_graph_has_the_flops_of_the_steps_it_launches(monkeypatch):
+    """What a graph launches is not dispatched, and here nothing of the inner loop is."""
+
+    class Replayed:
+        pool_bytes = 3 * 2**20
+
+        def __init__(self, run, device, other):
+            self._trace = run()
+
+        def replay(self):
+            return self._trace
+
+    made = variants.make_steps
+
+    def on_a_gpu(case, inner_steps, batches, device, *args, **options):
+        steps = made(case, inner_steps, batches, device, *args, **{**options, "graph": False})
+        model = steps["memdlm K=2"]
+        memory = variants.memory_of("memdlm_graph", 2)
+        (batch,) = variants.make_batches(case, DiffusionConfig(), memory, 1, device)
+        ours = MemDLMObjective(tiny_model_of(case), DiffusionConfig(), memory)
+        graph = dataclasses.replace(
+            model, take=lambda _: variants._ours(ours, batch), held_bytes=lambda: ours.held_bytes
+        )
+        return {**steps, "memdlm_graph K=2": graph}
+
+    monkeypatch.setattr(inner_graph, "_Recording", Replayed)
+    monkeypatch.setattr(step, "make_steps", on_a_gpu)
+    rows = step.measure(
+        CASE,
+        inner_steps=[2],
+        repeats=1,
+        device=CPU,
+        dtype=torch.float32,
+        naive=False,
+        prompt_kv=False,
+        exact=False,
+    )
+    found = {row["variant"]: row for row in rows}
+    assert found["memdlm_graph"]["flops"] == found["memdlm"]["flops"] > found["mdlm"]["flops"]
+    assert found["memdlm_graph"]["peak_mib"] > 3
+    assert "inner_graph" in found["memdlm_graph"]["parts_ms"]
+    assert "inner_suffix" not in found["memdlm_graph"]["parts_ms"]
+
+
+def test_the_shapes_of_graphs_are_counted(monkeypatch, capsys):
+    monkeypatch.setattr(graph_shapes, "_BATCHES", 30)
+    graph_shapes.main()
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert len(rows) == 5 * 2 * 3
+    shapes = {tuple(row[:3]): int(row[3]) for row in rows}
+    for stream, k, rule in shapes:
+        if rule == "the largest state's":
+            assert shapes[stream, k, rule] <= shapes[stream, k, "each state's own size"]
+            assert shapes[stream, k, rule] <= shapes[stream, k, "the same, finer"]
+    # Three batches of two shapes, with one kept.
+    monkeypatch.setattr(graph_shapes, "_MOST_RECORDINGS", 1)
+    assert graph_shapes._captures([[(1, 2)], [(1, 2)], [(3, 4)], [(1, 2)]]) == 3
+
+
+def tiny_model_of(case):
+    return AutoModelForCausalLM.from_config(case.config)
 
 
 def mebibytes(count):

@@ -8,7 +8,7 @@ every row, but nothing else does.
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,6 +26,7 @@ from memdlm.gated_ffn import run_gated_ffn
 from memdlm.models.rotary import rotate
 from memdlm.outer_lora import fused_outer_lora, prepare_outer_lora
 from memdlm.recorded_keys import LayerKeys, RecordedKeys
+from memdlm.sdpa import in_order, sdpa_backend
 
 # Pre-norm decoders: h + attention(norm(h)), then h + ffn(norm(h)), no multipliers in between.
 FAMILIES = ("llama", "qwen2", "qwen3", "olmoe", "llada", "llada2_moe", "Dream")
@@ -302,7 +303,7 @@ class Backbone:
         here = dataclasses.replace(context, rows=changed)
         seen = _visible_to_rows(here)
         hidden = self.decoder.embed_tokens(input_ids.gather(1, changed))  # [n B, C, D]
-        with fused_outer_lora():
+        with self.attention_order(), fused_outer_lora():
             for index in range((self.boundary + 1) // 2):
                 layer, last = self.layers[index], index == len(self.layers) - 1
                 keys = recorded[index]
@@ -393,22 +394,33 @@ class Backbone:
     ) -> Tensor:
         """Halves [first, last), layer by layer: [B, L, D], or [B, W, D] with the last attention."""
         at = start
-        for index in range(first // 2, (last + 1) // 2):
-            halves = range(max(first, 2 * index), min(last, 2 * index + 2))
-            layer = partial(
-                self._layer,
-                index=index,
-                halves=halves,
-                context=context,
-                memory=memory,
-                recorder=None if recorded is None else recorded.at(index),
-            )
-            if recompute and torch.is_grad_enabled():
-                hidden = checkpoint(layer, at.hidden, *at.ffn, use_reentrant=False)
-            else:
-                hidden = layer(at.hidden, *at.ffn)
-            at = Activations(hidden)
+        with self.attention_order():
+            for index in range(first // 2, (last + 1) // 2):
+                halves = range(max(first, 2 * index), min(last, 2 * index + 2))
+                layer = partial(
+                    self._layer,
+                    index=index,
+                    halves=halves,
+                    context=context,
+                    memory=memory,
+                    recorder=None if recorded is None else recorded.at(index),
+                )
+                if recompute and torch.is_grad_enabled():
+                    # Backward runs it again, outside of the order here.
+                    run = partial(self._in_order, layer)
+                    hidden = checkpoint(run, at.hidden, *at.ffn, use_reentrant=False)
+                else:
+                    hidden = layer(at.hidden, *at.ffn)
+                at = Activations(hidden)
         return at.hidden
+
+    def attention_order(self) -> contextlib.AbstractContextManager[Any]:
+        """In here attention tries the backends in the model's order, see `set_sdpa_backend`."""
+        return in_order(sdpa_backend(self.decoder))
+
+    def _in_order(self, layer: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        with self.attention_order():
+            return layer(*inputs)
 
     def _layer(
         self,

@@ -96,7 +96,8 @@ class MemoryConfig:
         state_dtype: "float32" keeps the fast weights in fp32 and casts them for the matmuls,
             "compute" keeps them in the dtype of the layers.
         inner_checkpoint: "none" stores the activations of an inner step, "layer" recomputes them
-            layer by layer, "auto" recomputes where they would not fit in the free memory.
+            layer by layer, "auto" recomputes where they would not fit in the memory that is free
+            when a batch of that shape comes first.
         prefix_reuse: "prompt_kv" runs the layers below the fast weights, in states noisier than the
             anchor, on the response alone; the prompt's keys, values and activations are those of
             the anchor's pass. Exact in block diffusion, where the prompt does not see the response,
@@ -112,9 +113,10 @@ class MemoryConfig:
             one step after the other, whole passes of the model among them. "exact_suffix" leaves
             out what reaches the outer parameters through the layers below the fast weights in
             states noisier than the anchor.
-        inner_graph: launch the reset and all inner steps as one CUDA graph. The rows of a state are
-            padded, to 256, 512, 768, 1024, 1536, 2048, 3072 and so on; a batch of other shapes is
-            recorded anew (16 recordings are kept), so pad sequences to few lengths.
+        inner_graph: launch the reset and all inner steps as one CUDA graph. The rows of a batch's
+            states are padded to that of 256, 512, 768, 1024, 1536, 2048, 3072 and so on which fits
+            the largest state; a batch of other shapes is recorded anew (24 recordings are kept), so
+            pad sequences to few lengths. `inner_graph_captures` in the log counts them.
         prompt_ratio: share of a prompt's tokens that the anchor state masks when a memory is
             written from a prompt (inference), in (0, 1].
 

@@ -19,6 +19,7 @@ from memdlm.backbone import FAMILIES, Backbone
 from memdlm.checkpoint import METHOD_FILE
 from memdlm.config import DiffusionConfig, MemoryConfig
 from memdlm.four_bit import four_bit_config, prepare_four_bit
+from memdlm.sdpa import check_sdpa_backend, set_sdpa_backend
 
 # Tokens of a block that published block-diffusion models were trained with; their configs do not
 # say.
@@ -116,6 +117,7 @@ def load_checkpoint(
     dtype: str = "auto",
     device: str | None = None,
     attn_implementation: str = "sdpa",
+    sdpa_backend: str = "auto",
     load_in_4bit: bool = False,
 ) -> Checkpoint:
     """Load a model for inference.
@@ -126,6 +128,7 @@ def load_checkpoint(
         dtype: of the weights: "auto" is what they were saved in, or "float32", "bfloat16".
         device: where it goes, as PyTorch names it; None for the first GPU if there is one.
         attn_implementation: attention of transformers.
+        sdpa_backend: see `set_sdpa_backend`.
         load_in_4bit: quantise the weights to NF4 (bitsandbytes).
 
     Returns:
@@ -133,9 +136,10 @@ def load_checkpoint(
 
     Raises:
         ValueError: it cannot be read, is of another family, or has no mask token; a device that is
-            not here.
+            not here, or has not that attention.
     """
     where = _device(device)
+    check_sdpa_backend(sdpa_backend, where)
     method = _method(Path(folder) / METHOD_FILE)
     base, config = read_config(folder)
     if config.model_type not in FAMILIES:
@@ -161,6 +165,7 @@ def load_checkpoint(
         prepare_four_bit(model)
     else:
         model = model.to(where)
+    set_sdpa_backend(model, sdpa_backend)
     mask = method.mask_token_id
     if mask is None:
         mask = known_mask_token(config, tokenizer)

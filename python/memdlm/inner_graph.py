@@ -11,16 +11,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from memdlm.backbone import Backbone
 from memdlm.config import MemoryConfig
 from memdlm.data.collator import State
 from memdlm.fast_weights import FastWeights
 from memdlm.inner_loop import Boundary, InnerTrace, adapt, recomputes
+from memdlm.sdpa import sdpa_backend
 
 _READ_BY_ADAPT = ("valid", "target", "weight", "sample")
-# Each keeps its own copies of a batch's activations.
-_MOST_RECORDINGS = 16
+# Each keeps its own copies of a batch's activations. Batches of one padded length have hardly more
+# shapes, whatever their responses (docs/decisions/gpu_engine_options.md).
+_MOST_RECORDINGS = 24
 
 
 class InnerGraph:
@@ -72,14 +75,26 @@ class InnerGraph:
         known = key in self._recorded
         fixed, recording = self._recorded.pop(key) if known else self._record(inputs)
         self._recorded[key] = fixed, recording
-        with torch.no_grad():
-            torch._foreach_copy_(fixed, tensors)
-        trace = recording.replay()
+        # What a graph launches lies in no range of the profiler but this one.
+        with record_function("memdlm.inner_graph"):
+            with torch.no_grad():
+                torch._foreach_copy_(fixed, tensors)
+            trace = recording.replay()
         self._fast_weights.mark_written()
-        return InnerTrace(trace.loss.clone(), trace.norm.clone(), trace.skipped.clone())
+        return InnerTrace(
+            trace.loss.clone(), trace.norm.clone(), trace.skipped.clone(), captured=not known
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """What the recordings hold: copies of their inputs, and their pool of memory."""
+        return sum(
+            recording.pool_bytes + sum(tensor.nbytes for tensor in fixed)
+            for fixed, recording in self._recorded.values()
+        )
 
     def _modes(self, device: torch.device) -> Hashable:
-        """What decides which kernels run, beside the shapes: dropout, autocast, the outer LoRA."""
+        """What decides which kernels run, beside the shapes: dropout, autocast, LoRA, attention."""
         autocast = torch.is_autocast_enabled(device.type)
         adapters = [
             (module.disable_adapters, module.merged, tuple(module.active_adapters))
@@ -88,7 +103,8 @@ class InnerGraph:
             if hasattr(module, "disable_adapters")
         ]
         dtype = torch.get_autocast_dtype(device.type) if autocast else None
-        return self._backbone.decoder.training, dtype, tuple(adapters)
+        decoder = self._backbone.decoder
+        return decoder.training, dtype, sdpa_backend(decoder), tuple(adapters)
 
     def _forget_moved_weights(self) -> None:
         """A recording reads and writes fixed addresses: of the model and of the fast weights."""
@@ -146,7 +162,10 @@ class _Recording:
             with torch.cuda.graph(
                 self._graph, pool, self._stream, capture_error_mode="thread_local"
             ):
+                before = torch.cuda.memory_reserved()
                 self._trace = run()
+                # By which the shared pool grew.
+                self.pool_bytes = torch.cuda.memory_reserved() - before
 
     def replay(self) -> InnerTrace:
         with torch.cuda.device(self._device):

@@ -19,6 +19,8 @@ class InnerLog:
     def __init__(self, config: MemoryConfig) -> None:
         self._config = config
         self._total: Tensor | None = None
+        self._captures = 0
+        self._hits = 0
 
     def add(self, trace: InnerTrace) -> None:
         """Add one batch; nothing waits for the device."""
@@ -34,6 +36,8 @@ class InnerLog:
         )
         total = torch.cat([value.double().reshape(-1) for value in sums])
         self._total = total if self._total is None else self._total + total
+        self._captures += trace.captured is True
+        self._hits += trace.captured is False
 
     def read(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Means since the last reading, and begin anew.
@@ -45,23 +49,29 @@ class InnerLog:
             `inner_loss/stage_{k}` for state k = 1 (the noisiest) to K, `inner_grad_norm` (mean over
             tensors, before the clip), `inner_clipped_fraction` (absent without a clip) and
             `inner_skipped`, the number of updates left out. Values that are not finite are not in
-            the means. Empty where nothing was added.
+            the means. With `inner_graph`, `inner_graph_captures` counts the batches whose shapes
+            were new, which cost a few inner loops each, and `inner_graph_hits` the others. Empty
+            where nothing was added.
         """
         if self._total is None:
             return {}
-        values = reduce(self._total).tolist()
+        counts = self._total.new_tensor([self._captures, self._hits])
+        *values, captures, hits = reduce(torch.cat([self._total, counts])).tolist()
         self._total = None
+        self._captures = self._hits = 0
         stages = self._config.inner_steps
-        losses, counts = values[:stages], values[stages : 2 * stages]
+        losses, finite = values[:stages], values[stages : 2 * stages]
         norm, norms, clipped, clips, skipped = values[2 * stages :]
         logs = {
             f"inner_loss/stage_{k}": _mean(loss, count)
-            for k, (loss, count) in enumerate(zip(losses, counts, strict=True), start=1)
+            for k, (loss, count) in enumerate(zip(losses, finite, strict=True), start=1)
         }
         logs["inner_grad_norm"] = _mean(norm, norms)
         if self._config.inner_clip != "none":
             logs["inner_clipped_fraction"] = _mean(clipped, clips)
         logs["inner_skipped"] = skipped
+        if self._config.inner_graph:
+            logs["inner_graph_captures"], logs["inner_graph_hits"] = captures, hits
         return logs
 
 

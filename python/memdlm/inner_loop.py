@@ -3,8 +3,11 @@
 import contextlib
 import dataclasses
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -21,6 +24,12 @@ from memdlm.trajectory import following
 # "auto" stores a step's activations as long as they fill at most this share of the free memory.
 _STORED_SHARE = 0.25
 
+# Of each backbone: what "auto" decided, by the bytes of a step's activations, the device, and
+# whether the model trains.
+_decided: WeakKeyDictionary[Backbone, dict[tuple[int, torch.device, bool], bool]] = (
+    WeakKeyDictionary()
+)
+
 
 @dataclass(frozen=True)
 class InnerTrace:
@@ -30,11 +39,14 @@ class InnerTrace:
         loss: [steps, S] float32 (float64 for a float64 model), each step's loss before its update.
         norm: [steps, S, P], gradient norms before clipping.
         skipped: [steps, S] bool, updates left out because a loss or gradient was not finite.
+        captured: with `inner_graph`, whether these shapes were new, so that a graph was captured;
+            None without.
     """
 
     loss: Tensor
     norm: Tensor
     skipped: Tensor
+    captured: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -253,8 +265,13 @@ def _sum_per_set(values: Tensor, sample: Tensor, sets: int) -> Tensor:
 def recomputes(choice: str, backbone: Backbone, boundaries: list[Boundary]) -> bool:
     """Whether the inner steps recompute their layers instead of storing the activations.
 
+    "auto" is decided the first time that a backbone sees a shape, in training or in evaluation, and
+    stays: asking for the free memory at every step costs time on a GPU, and its answer then moves
+    with whatever else the process or another one holds just then. Where memory was short that once,
+    the shape's layers are recomputed to the end.
+
     Args:
-        choice: `MemoryConfig.inner_checkpoint`; "auto" asks for the free memory.
+        choice: `MemoryConfig.inner_checkpoint`.
         backbone: the split model.
         boundaries: those of the steps.
 
@@ -266,14 +283,44 @@ def recomputes(choice: str, backbone: Backbone, boundaries: list[Boundary]) -> b
     hidden = max((boundary.activations.hidden for boundary in boundaries), key=Tensor.numel)
     layers = (backbone.half_count - backbone.boundary + 1) // 2
     values = hidden.shape[:2].numel() * layers * backbone.activation_width
-    return values * hidden.element_size() > _STORED_SHARE * _free_bytes(hidden.device)
+    stored = values * hidden.element_size()
+    training = bool(backbone.decoder.training)
+    decided = _decided.setdefault(backbone, {})
+    key = stored, hidden.device, training
+    if key not in decided:
+        to_come = _still_to_come(backbone) if training else 0
+        decided[key] = stored > _STORED_SHARE * (free_bytes(hidden.device) - to_come)
+    return decided[key]
 
 
-def _free_bytes(device: torch.device) -> int:
+def _still_to_come(backbone: Backbone) -> int:
+    """Bytes that training takes after its first step began: gradients and two moments."""
+    trained = (p for p in backbone.decoder.parameters() if p.requires_grad)
+    return sum(3 * parameter.nbytes for parameter in trained)
+
+
+def free_bytes(device: torch.device) -> int:
+    """The memory that new tensors can have.
+
+    Args:
+        device: a CPU or a GPU.
+
+    Returns:
+        On a GPU what the driver has left, and what PyTorch's allocator holds without using it; on a
+        CPU also what the system keeps files in and would give up (Linux; elsewhere without that).
+    """
     if device.type == "cuda":
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reserved
+    available = re.search(r"^MemAvailable: +(\d+) kB$", _meminfo(), re.MULTILINE)
+    if available is not None:
+        return int(available[1]) * 1024
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _meminfo() -> str:
+    path = Path("/proc/meminfo")
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 @contextlib.contextmanager

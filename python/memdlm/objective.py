@@ -164,6 +164,11 @@ class MemDLMObjective(MDLMObjective):
         )
         return ObjectiveOutput(loss, trace)
 
+    @property
+    def held_bytes(self) -> int:
+        """What is kept between batches: the fast weights, and what `inner_graph` recorded."""
+        return self.fast_weights.nbytes + self._graph.nbytes
+
     def _reuses(self, batch: dict[str, Any]) -> bool:
         """Whether noisier states will read the keys and values of the anchor's prefix."""
         noisier = any(not state["is_anchor"] for state in batch["trajectory"])

@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 
 from memdlm.config import DiffusionConfig, MemoryConfig, from_options
 from memdlm.key_values import suggest, typed
+from memdlm.sdpa import SdpaBackend
 from memdlm.trainer import UNSUPPORTED_ARGUMENTS
 
 
@@ -39,6 +40,11 @@ class RunOptions:
         load_in_4bit: keep the frozen weights in 4-bit NF4 (bitsandbytes), as QLoRA does; needs
             `lora`. The matrix products are in `dtype`.
         attn_implementation: attention of transformers, say "sdpa", "eager", "flash_attention_2".
+        sdpa_backend: which backend PyTorch's `scaled_dot_product_attention` tries first: "auto"
+            leaves the order to PyTorch, "cudnn", "flash", "efficient" or "math"; what that one
+            cannot take (a mask, heads that share keys, a dtype) goes to the next of flash,
+            efficient, math. "cudnn" and "efficient" are for CUDA. With another
+            `attn_implementation` the last layer alone reads it.
         lora: train a LoRA (PEFT) instead of all weights.
         lora_rank: rank of that LoRA.
         lora_scaling: its scale, PEFT's lora_alpha / r. (`lora_alpha` is the memory's.)
@@ -74,6 +80,7 @@ class RunOptions:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     load_in_4bit: bool = False
     attn_implementation: str = "sdpa"
+    sdpa_backend: SdpaBackend = "auto"
     lora: bool = False
     lora_rank: int = 32
     lora_scaling: float = 2.0

@@ -29,6 +29,7 @@ from memdlm.four_bit import four_bit_config, prepare_four_bit
 from memdlm.inference import first_line, known_mask_token
 from memdlm.objective import MDLMObjective, MemDLMObjective
 from memdlm.options import Run, RunOptions
+from memdlm.sdpa import check_sdpa_backend, set_sdpa_backend
 from memdlm.trainer import MemDLMTrainer
 
 
@@ -46,6 +47,7 @@ def train(run: Run) -> dict[str, float]:
             or data set that cannot be used, a checkpoint that is not this run's.
     """
     options, arguments = run.options, run.arguments
+    check_sdpa_backend(options.sdpa_backend, arguments.device)
     output_dir = str(arguments.output_dir)
     resume_from = _resume_folder(options, output_dir)
     _check_output(output_dir, resume_from)
@@ -226,6 +228,7 @@ def _load_model(options: RunOptions, config: Any, lora: LoraConfig | None) -> nn
         model = get_peft_model(model, lora)
     if options.load_in_4bit:
         prepare_four_bit(model)
+    set_sdpa_backend(model, options.sdpa_backend)
     return model
 
 

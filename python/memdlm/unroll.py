@@ -192,8 +192,11 @@ class _Unrolled:
             traces.append(trace)
             places_of_step = places[id(boundary)], places[id(teacher)]
             self._visits.append(_Visit(state, *places_of_step, trace.skipped[0], random))
-        parts = zip(*((trace.loss, trace.norm, trace.skipped) for trace in traces), strict=True)
-        return InnerTrace(*(torch.cat(part) for part in parts)), snapshots, kept
+        loss, norm, skipped = (
+            torch.cat([getattr(trace, name) for trace in traces])
+            for name in ("loss", "norm", "skipped")
+        )
+        return InnerTrace(loss, norm, skipped), snapshots, kept
 
     def _start(self, state: State) -> Boundary:
         """Run a state's layers below the boundary."""

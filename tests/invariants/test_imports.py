@@ -13,9 +13,9 @@ OPS = sorted(path.parent.name for path in KERNELS.glob("*/op.py"))
 # A module imports only those above it. The batch that data/ makes is what an objective reads.
 ORDER = (
     "config schedule trajectory loss data models gated_ffn experts outer_lora four_bit block_mask "
-    "recorded_keys backbone fast_weights inner_loss inner_loop inner_graph unroll objective cost "
-    "inner_log checkpoint inference prompt_memory trainer sampler evaluation report key_values "
-    "options training convert environment demo bias meta_bias probe ablation cli"
+    "sdpa recorded_keys backbone fast_weights inner_loss inner_loop inner_graph unroll objective "
+    "cost inner_log checkpoint inference prompt_memory trainer sampler evaluation report "
+    "key_values options training convert environment demo bias meta_bias probe ablation cli"
 ).split()
 WITHOUT_MODULES = ("config", "schedule", "trajectory", "loss")
 

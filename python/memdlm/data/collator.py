@@ -22,8 +22,10 @@ from memdlm.trajectory import anchor_mask, loss_mask, trajectory
 # A model's input never has a label here; a position that has one may be masked.
 IGNORE_INDEX = -100
 
-# With `inner_graph` the rows of a state are padded to this, or to a power of two or one and a half
-# times it: few shapes, so few graphs.
+# With `inner_graph` the rows of all states are padded to this, or to a power of two or one and a
+# half times it, whichever fits the largest: few shapes, so few graphs. Less than a third of the
+# largest state's rows is then padding, above this size
+# (docs/decisions/gpu_engine_options.md counts graphs and padding on streams of batches).
 GRAPH_ROWS = 256
 
 _NOISE_STREAM, _MEMORY_STREAM = 0, 1
@@ -78,7 +80,7 @@ def make_state(
     *,
     right_shift_logits: bool = False,
     width: int | None = None,
-    for_graph: bool = False,
+    row_count: int | None = None,
     is_anchor: bool = False,
 ) -> State:
     """Mask tokens, and list the rows whose loss is taken.
@@ -92,7 +94,7 @@ def make_state(
         right_shift_logits: a token's logits are those of the position before it (Dream); the first
             token, which has none before, takes its own.
         width: W, at least the largest count of a row; None for just that.
-        for_graph: pad W and M to one of few sizes, see `GRAPH_ROWS`.
+        row_count: M, at least the number of loss rows; None for just that.
         is_anchor: whether this is the anchor state.
 
     Returns:
@@ -101,14 +103,13 @@ def make_state(
     counts = in_loss.sum(1)
     if width is None:
         width = max(1, int(counts.max()))
-    width = _graph_rows(width) if for_graph else width
     sample, position = in_loss.nonzero(as_tuple=True)
     # The place of each loss row among those of its own sequence.
     first = counts.cumsum(0) - counts
     place = torch.arange(len(sample)) - first[sample]
     rows = torch.zeros(len(clean_ids), width, dtype=torch.int64)
     rows[sample, place] = (position - 1).clamp_min(0) if right_shift_logits else position
-    surplus = _graph_rows(len(sample)) - len(sample) if for_graph else 0
+    surplus = 0 if row_count is None else row_count - len(sample)
     return State(
         input_ids=clean_ids.masked_fill(masked, mask_token_id),
         rows=rows,
@@ -185,7 +186,8 @@ def make_trajectory(
         right_shift_logits: as for `make_state`.
 
     Returns:
-        K states; those that are not the anchor share one width, so they run in one batch.
+        K states; those that are not the anchor share one width, so they run in one batch. With
+        `inner_graph` all K share one width and one M, see `GRAPH_ROWS`.
     """
     schedule = SCHEDULES[diffusion.schedule]
     masks = trajectory(
@@ -198,7 +200,14 @@ def make_trajectory(
         memory.strategy == "anchor_only" or (memory.strategy == "anchor_consistent" and k == last)
         for k in steps
     ]
-    widths = [int(mask.sum(1).max()) for mask, at in zip(losses, is_anchor, strict=True) if not at]
+    most = [max(1, int(mask.sum(1).max())) for mask in losses]
+    noisier = [width for width, at in zip(most, is_anchor, strict=True) if not at]
+    if memory.inner_graph:
+        widths: list[int | None] = [_graph_rows(max(most))] * len(most)
+        row_count = _graph_rows(max(int(mask.sum()) for mask in losses))
+    else:
+        widths = [None if at else max(noisier) for at in is_anchor]
+        row_count = None
     states = []
     for k in steps:
         share = masks[k].sum(1) / maskable.sum(1).clamp_min(1).double()
@@ -213,8 +222,8 @@ def make_trajectory(
                 inner_weight(diffusion.loss_norm, memory.scope, weight * scale, target_count),
                 mask_token_id,
                 right_shift_logits=right_shift_logits,
-                width=None if is_anchor[k] else max(1, *widths),
-                for_graph=memory.inner_graph,
+                width=widths[k],
+                row_count=row_count,
                 is_anchor=is_anchor[k],
             )
         )
@@ -322,19 +331,10 @@ class MaskCollator:
             "normalizer": outer_normalizer(self.diffusion.loss_norm, maskable_count),
             "memory_seed": memory_seed,
             "right_shift_logits": self.right_shift_logits,
-            "anchor": make_state(
-                ids,
-                anchor,
-                anchor,
-                weight,
-                self.mask_token_id,
-                right_shift_logits=self.right_shift_logits,
-                for_graph=self.memory is not None and self.memory.inner_graph,
-                is_anchor=True,
-            ),
         }
         if not bool(visible.all()):
             batch["attention_mask"] = visible
+        width = None
         if self.memory is not None:
             batch["trajectory"] = make_trajectory(
                 ids,
@@ -348,12 +348,25 @@ class MaskCollator:
                 self.memory,
                 right_shift_logits=self.right_shift_logits,
             )
+            # One prefix serves the outer pass and the anchor's inner step: one width.
+            own = [state for state in batch["trajectory"] if state["is_anchor"]]
+            width = own[0]["rows"].shape[1] if own else None
             if self.memory.prefix_reuse == "prompt_kv":
                 batch["changed"] = changed_rows(
                     maskable,
                     right_shift_logits=self.right_shift_logits,
                     block_size=self.diffusion.block_size,
                 )
+        batch["anchor"] = make_state(
+            ids,
+            anchor,
+            anchor,
+            weight,
+            self.mask_token_id,
+            right_shift_logits=self.right_shift_logits,
+            width=width,
+            is_anchor=True,
+        )
         return batch
 
     def _pad(self, features: Sequence[dict[str, Any]]) -> tuple[Tensor, Tensor, Tensor]:

@@ -21,6 +21,7 @@ from memdlm.sampler.config import SamplerConfig
 from memdlm.sampler.denoise import OnStep, Sampler
 from memdlm.sampler.row import row_seeds
 from memdlm.sampler.stream import Stream
+from memdlm.sdpa import SdpaBackend
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class GenerateOptions:
         dtype: of the weights; "auto" is what they were saved in.
         device: where the model runs; the first GPU if there is one.
         attn_implementation: attention of transformers, say "sdpa", "eager", "flash_attention_2".
+        sdpa_backend: which backend PyTorch's `scaled_dot_product_attention` tries first: "auto"
+            leaves it to PyTorch; "cudnn" and "efficient" are for CUDA.
         load_in_4bit: quantise the weights to NF4 (bitsandbytes).
 
     Raises:
@@ -65,6 +68,7 @@ class GenerateOptions:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str | None = None
     attn_implementation: str = "sdpa"
+    sdpa_backend: SdpaBackend = "auto"
     load_in_4bit: bool = False
 
     def __post_init__(self) -> None:
@@ -120,6 +124,7 @@ def run_generate(options: GenerateOptions, config: SamplerConfig) -> None:
         dtype=options.dtype,
         device=options.device,
         attn_implementation=options.attn_implementation,
+        sdpa_backend=options.sdpa_backend,
         load_in_4bit=options.load_in_4bit,
     )
     needs_memory = options.memory or options.load_memory is not None
