@@ -131,8 +131,11 @@ def _widths(ptx: str) -> dict[Place, Counter[int]]:
 
 
 def _place_of(loc: str, files: dict[str, str]) -> Place:
-    file, line, _, *rest = loc.removeprefix("\t.loc").replace(",", " ").split()
-    if "inlined_at" not in rest:
-        return files[file], int(line), "", 0
-    caller, its_line = rest[rest.index("inlined_at") + 1 :][:2]
-    return files[file], int(line), files[caller], int(its_line)
+    """A line's place; Triton 3.6 has the call in the comment alone."""
+    number, line, *_ = loc.removeprefix("\t.loc").split()
+    at = files[number], int(line)
+    if call := re.search(r"\binlined_at (\d+) (\d+)", loc):
+        return *at, files[call[1]], int(call[2])
+    if call := re.search(r"@\[ (\S+?):(\d+):", loc):
+        return *at, call[1], int(call[2])
+    return *at, "", 0

@@ -50,6 +50,14 @@ WIDE = """
 \t@%p1 ld.global.v4.b32 { %r2, %r3, %r4, %r5 }, [ %rd2 + 0 ];
 \t// end inline asm
 """
+# Triton 3.6 has the call in a comment.
+COMMENT = """
+\t.loc\t2 70 8\t// shared.py:70:8 @[ kernel.py:9:3 ]
+\t// begin inline asm
+\tmov.u32 %r2, %r9;
+\t@%p1 ld.global.v4.b32 { %r2, %r3, %r4, %r5 }, [ %rd2 + 0 ];
+\t// end inline asm
+"""
 NARROW = WIDE.replace(".v4.b32 { %r2, %r3, %r4, %r5 }", ".b32 { %r2 }")
 COPY = """
 \t// begin inline asm
@@ -89,7 +97,14 @@ def test_a_product_that_is_no_wgmma_is_wrong():
 
 
 @pytest.mark.parametrize(
-    ("ptx", "width"), [(ONE + WIDE, 16), (ONE + WIDE + NARROW, 4), (ONE + COPY, 16), (ONE, 0)]
+    ("ptx", "width"),
+    [
+        (ONE + WIDE, 16),
+        (ONE + COMMENT, 16),
+        (ONE + COPY, 16),
+        (ONE + WIDE + NARROW, 4),
+        (ONE, 0),
+    ],
 )
 def test_loads(ptx, width):
     """Of the tile alone: not of one element at the same place, and not of indices."""
