@@ -11,7 +11,7 @@ PIP_INSTALL := $(RUN) pip install -qq --disable-pip-version-check --no-compile -
 PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS)
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: setup demo real test check format clean
+.PHONY: setup demo real test check stack format clean
 
 setup:
 	@$(PYTHON) tools/bootstrap.py
@@ -35,10 +35,14 @@ check: setup
 	$(RUN) mypy
 	$(PYTEST)
 
+# The GPU machine's versions of everything, in .stack: 720 MB, and no GPU. Not a part of check.
+stack: setup
+	@$(PYTHON) tools/stack.py
+
 format: setup
 	$(RUN) ruff check --fix-only .
 	$(RUN) ruff format .
 	$(CLANG_FORMAT) -i $(SOURCES)
 
 clean:
-	rm -rf .venv build dist
+	rm -rf .venv .stack build dist

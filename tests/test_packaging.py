@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -16,11 +15,12 @@ from torch_abi_audit import inspect_extension
 from torch_abi_audit.symbols import extract_undefined_symbols
 
 from memdlm_kernels import _build_info
+from tools.find_nvcc import find_nvcc
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = Path(_build_info.__file__).with_name("libmemdlm_C.so")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-CUDA = shutil.which("nvcc") is not None
+CUDA = find_nvcc() is not None
 PACKAGES = {"memdlm_kernels": ROOT / "memdlm_kernels", "memdlm": ROOT / "python/memdlm"}
 
 
@@ -175,7 +175,7 @@ def test_build_without_torch_says_what_to_do(tmp_path: Path) -> None:
     assert "Traceback" not in finished.stderr
 
 
-@pytest.mark.parametrize("group", ["build", "train", "eval", "dev"])
+@pytest.mark.parametrize("group", ["build", "train", "eval", "dev", "nvcc"])
 def test_every_tool_is_pinned(group: str) -> None:
     pins = dict(re.findall(r"^([a-z0-9-]+)(==|>=)", (ROOT / "constraints.txt").read_text(), re.M))
     project = PYPROJECT["project"]

@@ -25,6 +25,7 @@ if sys.version_info < (3, 11):  # noqa: UP036 - this file is what an older Pytho
 
 import tomllib
 
+from find_nvcc import machine_nvcc
 from find_torch import Torch, find_torch
 
 TORCH_RELEASE = "2.13.0"
@@ -34,7 +35,15 @@ VENV = ROOT / ".venv"
 STAMP = VENV / "memdlm-setup.json"
 CONSTRAINTS = ROOT / "constraints.txt"
 # What of the environment decides what is built.
-BUILD_VARIABLES = ("CXX", "MEMDLM_CPU_OPS", "MEMDLM_CUDA", "CUDAARCHS", "TORCH_CUDA_ARCH_LIST")
+BUILD_VARIABLES = (
+    "CUDAARCHS",
+    "CUDACXX",
+    "CUDA_HOME",
+    "CXX",
+    "MEMDLM_CPU_OPS",
+    "MEMDLM_CUDA",
+    "TORCH_CUDA_ARCH_LIST",
+)
 # Where an installed package's folder may lie, as against the standard library and the script's.
 SITE_FOLDERS = ("site-packages", "dist-packages")
 
@@ -114,6 +123,16 @@ def pip_install(*arguments: str) -> None:
         sys.exit("setup: pip failed, see above")
 
 
+def let_wheel_nvcc_link() -> None:
+    """NVIDIA's wheels have a folder lib, and their nvcc looks in lib64."""
+    command = [str(VENV / "bin/python"), "-E", "-P", str(ROOT / "tools/find_nvcc.py")]
+    found = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    if found and machine_nvcc() is None:
+        lib64 = Path(found).parent.parent / "lib64"
+        if not lib64.exists():
+            lib64.symlink_to("lib")
+
+
 def digest(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -136,15 +155,13 @@ def main() -> None:
         pyproject = tomllib.load(file)
     project = pyproject["project"]
     extras = project["optional-dependencies"]
+    groups = [pyproject["build-system"]["requires"], project["dependencies"]]
+    groups += [extras[name] for name in ("train", "eval", "dev")]
+    if machine_nvcc() is None:
+        groups.append(extras["nvcc"])
     requirements = sorted(
         requirement
-        for group in (
-            pyproject["build-system"]["requires"],
-            project["dependencies"],
-            extras["train"],
-            extras["eval"],
-            extras["dev"],
-        )
+        for group in groups
         for requirement in group
         if not requirement.startswith(project["name"])
     )
@@ -161,6 +178,7 @@ def main() -> None:
             torch = torch_requirement()
             say("installing the packages (a minute or two the first time)")
             pip_install("-c", str(CONSTRAINTS), torch, *requirements)
+            let_wheel_nvcc_link()
             write_stamp(packages=packages)
 
         native = sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())

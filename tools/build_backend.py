@@ -1,9 +1,10 @@
-"""scikit-build-core, told where the torch that is already installed lies.
+"""scikit-build-core, told where the torch that is already installed lies, and nvcc.
 
 pip isolates a build by laying its own folders over PYTHONPATH, so an interpreter that ignores the
 environment still sees the real site-packages, and torch in it.
 """
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -34,10 +35,16 @@ __all__ = [
 Settings = dict[str, Any] | None
 
 
+def _ask(script: str) -> list[str]:
+    """The lines that a script beside this one prints, outside of pip's isolation."""
+    command = [sys.executable, "-E", "-P", str(Path(__file__).with_name(script))]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+
+
 def _with_torch(settings: Settings) -> dict[str, Any]:
-    script = Path(__file__).with_name("find_torch.py")
-    command = [sys.executable, "-E", "-P", str(script)]
-    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    for nvcc in _ask("find_nvcc.py"):
+        os.environ["CUDACXX"] = nvcc  # where CMake looks first
+    lines = _ask("find_torch.py")
     torch = Torch(Path(lines[0]), lines[1]) if lines else None
     if torch is None or not torch.fits:
         found = f"torch {torch.version}" if torch else "no torch"

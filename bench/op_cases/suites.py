@@ -199,6 +199,8 @@ def _smoke() -> list[Case]:
         lora.lora_case(1, 8_192, 4_096, 12_288, _BF16, everything),
         experts.linear_case(rows, count, hidden, 2 * inner, _BF16, ("x",)),
         experts.lora_case(1, count, rows, hidden, 2 * inner, 2, _BF16, everything),
+        experts.combine_case(8_192, hidden, 8, _BF16),
+        experts.spread_case(8_192, hidden, 8, _BF16),
         ffn.experts_case(rows, count, hidden, inner, _BF16, ("x", "gate", *_INNER)),
         ffn.dense_case(8_192, 4_096, 12_288, _BF16, _GATED_INNER),
         fast_weights.sgd_case(1, fast_weights.LLADA2_MINI, _F32),

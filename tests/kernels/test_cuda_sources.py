@@ -14,9 +14,10 @@ from memdlm_kernels.fast_weight_reset.reference import philox_4x32_10
 from tests.cuda_on_cpu import fast_weight
 from tests.cuda_on_cpu.fast_weight import CHUNK, CLIPS, CSRC, DTYPES
 from tests.kernels.truth import assert_as_accurate
+from tools.find_nvcc import find_nvcc
 
 SOURCES = sorted(CSRC.glob("*.cu"))
-NVCC = shutil.which("nvcc")
+NVCC = find_nvcc()
 LR, MAX_NORM = 0.1, 1.0
 
 # For chunks of 512 columns, of which pieces from 64 on are a block's and shorter ones a warp's.
