@@ -9,7 +9,7 @@ import argparse
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench.op_cases.case import default_backend
+from bench.op_cases.case import default_variant
 from bench.op_cases.suites import SUITE_NAMES, op_cases
 
 _OPS = ("lora_swiglu", "masked_linear_cross_entropy", "fast_weight_sgd_")
@@ -30,11 +30,10 @@ def main(arguments: list[str] | None = None) -> None:
     activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
     cases = {case.op: case for case in reversed(op_cases(options.suite)) if case.op in _OPS}
     for case in cases.values():
-        backend = default_backend(case.op, device)
-        make = next(each.make for each in case.variants if each.backend == backend)
+        variant = default_variant(case, device)
         generator = torch.Generator(device)
         generator.manual_seed(0)
-        run = make(case.inputs(generator))
+        run = variant.make(case.inputs(generator))
         run()
         if options.bare:
             run()
@@ -46,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
         table = profiler.key_averages().table(
             sort_by=f"self_{options.device.partition(':')[0]}_time_total", row_limit=_KERNELS
         )
-        print(f"{case.op} {case.name}, {backend}\n{table}", flush=True)
+        print(f"{case.op} {case.name}, {variant.name}\n{table}", flush=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from bench.op_cases.case import Case, default_backend, text
+from bench.op_cases.case import Case, default_variant, text
 from bench.op_cases.measure import Timing, build, check
 from bench.op_cases.roof import roof
 from bench.op_cases.suites import SUITE_NAMES, op_cases
@@ -79,14 +79,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _measured(case: Case, device: torch.device) -> dict[str, Any]:
-    backend = default_backend(case.op, device)
-    variant = next(
-        each for each in case.variants if each.role == "ours" and each.backend == backend
-    )
+    variant = default_variant(case, device)
     checked = check(build(case, device), variant, _ROUNDS, _SECONDS)
     if not isinstance(checked, Timing):
         if "skipped" in checked:
-            raise RuntimeError(f"the default backend {backend} does not run: {checked['skipped']}")
+            raise RuntimeError(f"{variant.name} does not run: {checked['skipped']}")
         return checked
     checked.visit(0, 1)
     return checked.row()

@@ -1,7 +1,8 @@
-"""Tests that tell although they may be cut off: each failure goes to a file at once.
+"""Tests that tell although they may be cut off: a plugin, `python -m pytest -p tests.failures`.
 
-`pytest --failures FILE` appends the id and the text of every test that fails, as soon as it has. Of
-a run that is stopped by SIGTERM, as `timeout` does, it names the tests that were still running.
+`--failures FILE` appends the id and the text of every test that fails, as soon as it has. Of a run
+that is stopped by SIGTERM, as `timeout` does, it names the tests that were still running. Of a
+GPU's tests one case each is marked `first` and comes first.
 """
 
 import signal
@@ -11,8 +12,29 @@ from pathlib import Path
 import pytest
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add --failures."""
+    parser.addoption("--failures", type=Path, metavar="FILE", help="append each failure at once")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Write failures from the process that hears of all of them, not from its workers."""
+    if config.getoption("failures") is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(FailureLog(config.getoption("failures")))
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the first of a GPU's tests, and let them come first."""
+    first = choose_first(items)
+    for item in first:
+        item.add_marker("first")
+    others = [item for item in items if item.get_closest_marker("first") is None]
+    items[:] = first + others
+
+
 class FailureLog:
-    """Appends failures to a file; a plugin of pytest, in the process that starts the workers.
+    """Appends failures to a file, as hooks of pytest.
 
     Args:
         path: of the file; its folder is made.

@@ -27,7 +27,7 @@ def start(folder, *options):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
     # They lie elsewhere: the options and hooks are those of this repository all the same.
     command += ["--rootdir", str(folder), "-c", str(ROOT / "pyproject.toml")]
-    command += ["-p", "tests.conftest"]
+    command += ["-p", "tests.failures"]
     command += ["--failures", str(folder / "out/failures.txt"), str(folder / "test_two.py")]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
 

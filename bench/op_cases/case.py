@@ -149,6 +149,16 @@ def default_backend(op: str, device: torch.device) -> str:
     return next(name for name in list_backends("cpu")[op] if refusal(op, name, device) is None)
 
 
+def default_variant(case: Case, device: torch.device) -> Variant:
+    """The first of our own variants of a case that is measured on a device."""
+    return next(
+        variant
+        for variant in case.variants
+        if variant.role == "ours"
+        and (variant.backend is None or refusal(case.op, variant.backend, device) is None)
+    )
+
+
 def copy_of(bytes_moved: int) -> Variant:
     """The bound of an op that moves so many bytes: a copy, which reads half and writes half."""
 
