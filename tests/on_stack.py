@@ -3,7 +3,6 @@
 Prints a line for each check; the exit code is 0 only if all passed.
 """
 
-import contextlib
 import importlib
 import os
 import sys
@@ -116,5 +115,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
-        sys.exit(main())
+    sys.exit(main())
