@@ -34,11 +34,14 @@ class Op:
             )
         _LIBRARY.impl(name, kernel, "CPU")
         _LIBRARY.impl(name, _on_its_device(kernel), "CUDA")
-        self._call = getattr(torch.ops.memdlm, name).default
+        self._overload = getattr(torch.ops.memdlm, name).default
+        self._call = self._overload._op  # the same, without the Python around it
 
     def __call__(self, *args: Any) -> Any:
         """Call torch.ops.memdlm.<name>; where autograd is off, skip it: half of a call."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return self._overload(*args)
+        if torch.is_grad_enabled():
             return self._call(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return self._call(*args)

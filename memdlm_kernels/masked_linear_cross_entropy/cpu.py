@@ -49,9 +49,11 @@ def masked_linear_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor]:
     hidden, weight, target, index = _prepare(hidden, weight, target, index, ignore_index)
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    nll = hidden.new_empty(target.shape, dtype=dtype)
+    rows, depth = hidden.shape[0] if index is None else index.shape[0], hidden.shape[1]
+    # Not new_empty of a shape and a dtype, which takes twice as long.
+    nll = torch.empty(rows, dtype=dtype)
     lse = torch.empty_like(nll)
-    stash = nll.new_empty((target.shape[0], hidden.shape[1]) if need_stash else (0,))
+    stash = nll.new_empty(rows, depth) if need_stash else nll.new_empty(0)
     torch.ops.memdlm_C.masked_linear_cross_entropy(
         hidden,
         weight,
