@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch.utils.flop_counter import flop_registry, register_flop_formula
+from tqdm import tqdm
 
 import memdlm_kernels.flops  # noqa: F401 - registers the formulas
 from bench.breakdown import profile_steps
@@ -188,6 +189,8 @@ def measure(
     rounds = {name: _round(step, batches) for name, step in steps.items()}
     every = {name: naive_every for name in rounds if name.startswith("memdlm_naive")}
     times_ms = interleaved_ms(rounds, repeats, device, every)
+    for name, own in times_ms.items():  # before minutes of profiling, should they be cut off
+        tqdm.write(f"{name}: {percentiles(own)['p50_ms'] / batches:.1f} ms")
     facts = {
         "bench": "step",
         "suite": suite,
