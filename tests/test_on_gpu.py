@@ -9,16 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_failures import TESTS
+
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = """
-import time
-
-def test_that_fails():
-    assert 1 + 1 == 3, "arithmetic"
-
-def test_that_hangs():
-    time.sleep(600)
-"""
 # Enough for pytest to start where other tests run beside it.
 TEST_SECONDS = 60
 

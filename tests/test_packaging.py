@@ -148,10 +148,11 @@ print(json.dumps([info["cuda"], info["cuda_architectures"], registered]))
     ("choice", "message"),
     [
         ({"MEMDLM_CUDA": "yes"}, "MEMDLM_CUDA must be AUTO, ON or OFF, got 'yes'"),
+        ({"MEMDLM_CPU_OPS": "no"}, "MEMDLM_CPU_OPS must be ON or OFF, got 'no'"),
         ({"MEMDLM_CUDA": "ON", "CUDAARCHS": "native"}, "numbers such as 90 or 9.0, got 'native'"),
     ],
 )
-def test_build_says_which_cuda_choice_is_wrong(
+def test_build_says_which_choice_is_wrong(
     tmp_path: Path, choice: dict[str, str], message: str
 ) -> None:
     build = f"import build_backend; build_backend.build_wheel({str(tmp_path)!r})"

@@ -1,6 +1,9 @@
 """What `backend=` can be, as it is told."""
 
 import contextlib
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -59,7 +62,8 @@ def test_an_op_runs_on_the_device_of_its_tensors(monkeypatch):
     kernel = _on_its_device(lambda *args: args)
     assert kernel(None, first, second) == (None, first, second)
     assert entered == [first]
-    names = [f"memdlm::{name}" for name in dir(torch.ops.memdlm) if not name.startswith("_")]
+    listed = torch._C._dispatch_get_all_op_names()
+    names = [name for name in listed if name.startswith("memdlm::")]
     assert len(names) >= len(OPS)
     for name in names:  # each has a kernel of its own on a GPU, the one that is so wrapped
         assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"), name
@@ -101,3 +105,19 @@ def test_the_choice_of_a_backend_can_be_traced():
     (grad,) = torch.autograd.grad(call(leaf).square().sum(), leaf, create_graph=True)
     with pytest.raises(RuntimeError):
         torch.autograd.grad(grad.sum(), leaf)
+
+
+def test_a_build_without_the_cpu_ops_says_so(monkeypatch):
+    monkeypatch.setattr(_backends, "_has_cpu_ops", False)
+    for op in ("lora_linear", "masked_linear_cross_entropy", "fast_weight_sgd_"):
+        assert "MEMDLM_CPU_OPS=OFF" in list_backends("cpu")[op]["cpu"]
+
+
+def test_an_instruction_set_that_is_none_is_refused():
+    code = "import memdlm_kernels"
+    environment = {**os.environ, "MEMDLM_CPU_CAPABILITY": "avx3"}
+    finished = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert finished.returncode != 0
+    assert "MEMDLM_CPU_CAPABILITY must be one of default, avx2, avx512" in finished.stderr
