@@ -47,12 +47,14 @@ class Load:
 
 def dots(ttgir: str) -> list[Dot]:
     """Those of a kernel, from its code after Triton has chosen layouts and instructions."""
-    pattern = r"= (tt\.dot|ttng\.warp_group_dot) (.+?) : \S*?<(\d+)x\d+x(\w+)"
+    # For Hopper and Blackwell, and what is left for others and for ordinary instructions.
+    name = r"(ttng\.warp_group_dot|ttng\.tc_gen5_mma|tt\.dot)"
+    pattern = name + r" (.+?) : \S*?<(\d+)x\d+x(\w+)"
     return [
         Dot(
             rows=int(rows),
             operands=operands,
-            tensor_cores=operands != "f32" or "inputPrecision" in options,
+            tensor_cores=name != "tt.dot" or operands != "f32" or "inputPrecision" in options,
             wgmma=name == "ttng.warp_group_dot",
         )
         for name, options, rows, operands in re.findall(pattern, ttgir)

@@ -13,6 +13,10 @@ WGMMA = """
 * !ttg.memdesc<64x64xbf16, #shared1, #smem> -> tensor<128x64xf32, #mma> loc(#loc9)
 """
 TF32 = WGMMA.replace("{", "{inputPrecision = 0 : i32, ").replace("bf16", "f32")
+BLACKWELL = """
+  ttng.tc_gen5_mma %a, %b, %c, %on, %on, %d[%on] {is_async} : !ttg.memdesc<128x32xf32, #shared>, \
+!ttg.memdesc<32x128xf32, #shared1>, !ttg.memdesc<128x128xf32, #tmem, mutable> loc(#loc9)
+"""
 OTHER = """
   %s = tt.dot %a, %b, %c : tensor<64x32xbf16, #ttg.dot_op<{opIdx = 0, parent = #mma}>> \
 * tensor<32x64xbf16, #ttg.dot_op<{opIdx = 1, parent = #mma}>> -> tensor<64x64xf32, #mma> loc(#loc9)
@@ -81,6 +85,7 @@ def test_a_good_kernel_has_nothing_wrong():
 def test_dots():
     assert dots(WGMMA) == [Dot(128, "bf16", tensor_cores=True, wgmma=True)]
     assert dots(TF32) == [Dot(128, "f32", tensor_cores=True, wgmma=True)]
+    assert dots(BLACKWELL) == [Dot(128, "f32", tensor_cores=True, wgmma=False)]
     exact = OTHER.replace("bf16", "f32")
     assert dots(exact + OTHER) == [
         Dot(64, "f32", tensor_cores=False, wgmma=False),
@@ -119,6 +124,7 @@ def test_a_narrow_load_is_wrong_where_rows_are_whole_vectors():
     assert but(loads=narrow) == [text]
     assert but(loads=narrow, whole_vectors=False) == []
     assert but(loads=narrow, dots=dots(TF32)) == []
+    assert wrong(dataclasses.replace(GOOD, loads=narrow, dots=dots(BLACKWELL)), 100) == []
     alone = dataclasses.replace(GOOD, loads=narrow, whole_vectors=False)
     assert "a_kernel is not launched with whole vectors" in problems([alone], 90)
 
