@@ -34,6 +34,7 @@ def swiglu_forward_kernel(
     GROUPS: tl.constexpr,
     TILES: tl.constexpr,
     RANKS: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -50,18 +51,18 @@ def swiglu_forward_kernel(
         weight += (group // sets).to(tl.int64) * weight_expert
         weight += (group % sets).to(tl.int64) * weight_set
         weight += c.to(tl.int64)[None, :] * weight_column  # [1, BC]
-        if RANKS <= BLOCK_R:
+        if EARLY:
             w_gate, w_up = _held(weight, c, columns, weight_projection, weight_rank, RANKS, BLOCK_R)
     if TILES == 1:
         _forward_tile(
             begin, gate, up, shrink, weight, w_gate, w_up, h, c, end, columns, gate_row, up_row,
-            shrink_row, weight_projection, weight_rank, RANKS, BLOCK_M, BLOCK_R, BLOCK_C,
+            shrink_row, weight_projection, weight_rank, RANKS, EARLY, BLOCK_M, BLOCK_R, BLOCK_C,
         )  # fmt: skip
     else:
         for start in tl.range(begin, end, BLOCK_M, num_stages=1):
             _forward_tile(
                 start, gate, up, shrink, weight, w_gate, w_up, h, c, end, columns, gate_row, up_row,
-                shrink_row, weight_projection, weight_rank, RANKS, BLOCK_M, BLOCK_R, BLOCK_C,
+                shrink_row, weight_projection, weight_rank, RANKS, EARLY, BLOCK_M, BLOCK_R, BLOCK_C,
             )  # fmt: skip
 
 
@@ -84,6 +85,7 @@ def _forward_tile(
     weight_projection,
     weight_rank,
     RANKS: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -93,7 +95,7 @@ def _forward_tile(
     g, u = _updated(
         gate + row[:, None] * gate_row + c[None, :], up + row[:, None] * up_row + c[None, :],
         mask, shrink, weight, w_gate, w_up, row, c, end, columns, shrink_row,
-        weight_projection, weight_rank, RANKS, BLOCK_M, BLOCK_R, BLOCK_C,
+        weight_projection, weight_rank, RANKS, EARLY, BLOCK_M, BLOCK_R, BLOCK_C,
     )  # fmt: skip
     out = g * tl.sigmoid(g) * u  # [BM, BC]
     tl.store(h + row[:, None] * columns + c[None, :], out.to(h.dtype.element_ty), mask=mask)
@@ -127,6 +129,7 @@ def swiglu_backward_kernel(
     GROUPS: tl.constexpr,
     TILES: tl.constexpr,
     RANKS: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -143,20 +146,20 @@ def swiglu_backward_kernel(
         weight += (group // sets).to(tl.int64) * weight_expert
         weight += (group % sets).to(tl.int64) * weight_set
         weight += c.to(tl.int64)[None, :] * weight_column  # [1, BC]
-        if RANKS <= BLOCK_R:
+        if EARLY:
             w_gate, w_up = _held(weight, c, columns, weight_projection, weight_rank, RANKS, BLOCK_R)
     if TILES == 1:
         _backward_tile(
             begin, grad_h, gate, up, shrink, weight, w_gate, w_up, grad_gate, grad_up, c, end,
             columns, grad_h_row, grad_h_column, gate_row, up_row, shrink_row, grad_row,
-            weight_projection, weight_rank, RANKS, BLOCK_M, BLOCK_R, BLOCK_C,
+            weight_projection, weight_rank, RANKS, EARLY, BLOCK_M, BLOCK_R, BLOCK_C,
         )  # fmt: skip
     else:
         for start in tl.range(begin, end, BLOCK_M, num_stages=1):
             _backward_tile(
                 start, grad_h, gate, up, shrink, weight, w_gate, w_up, grad_gate, grad_up, c, end,
                 columns, grad_h_row, grad_h_column, gate_row, up_row, shrink_row, grad_row,
-                weight_projection, weight_rank, RANKS, BLOCK_M, BLOCK_R, BLOCK_C,
+                weight_projection, weight_rank, RANKS, EARLY, BLOCK_M, BLOCK_R, BLOCK_C,
             )  # fmt: skip
 
 
@@ -184,6 +187,7 @@ def _backward_tile(
     weight_projection,
     weight_rank,
     RANKS: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -193,7 +197,7 @@ def _backward_tile(
     g, u = _updated(
         gate + row[:, None] * gate_row + c[None, :], up + row[:, None] * up_row + c[None, :],
         mask, shrink, weight, w_gate, w_up, row, c, end, columns, shrink_row,
-        weight_projection, weight_rank, RANKS, BLOCK_M, BLOCK_R, BLOCK_C,
+        weight_projection, weight_rank, RANKS, EARLY, BLOCK_M, BLOCK_R, BLOCK_C,
     )  # fmt: skip
     # Strides of both, since the gradient of a sum has none.
     place = row[:, None] * grad_h_row + c.to(tl.int64)[None, :] * grad_h_column
@@ -236,19 +240,20 @@ def _updated(
     weight_projection,
     weight_rank,
     RANKS: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """A tile of gate and of up [BM, BC], each plus its half of shrink [N, 2 R] times its weight.
 
-    With few ranks all is loaded before the products, so that it comes at once. With more the
-    products come first: gate and up would take registers while they are computed.
+    If EARLY, all is loaded before the products, so that it comes at once. If not, the products come
+    first: gate and up would take registers while they are computed.
     """
     if shrink is None:
         g = tl.load(gate, mask=mask, other=0).to(tl.float32)
         u = tl.load(up, mask=mask, other=0).to(tl.float32)
-    elif RANKS <= BLOCK_R:
+    elif EARLY:
         gate_alone = tl.load(gate, mask=mask, other=0)  # [BM, BC]
         up_alone = tl.load(up, mask=mask, other=0)
         r = tl.arange(0, BLOCK_R)  # [BR]

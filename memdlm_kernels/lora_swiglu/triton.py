@@ -114,8 +114,10 @@ def _pass(
     blocks = _blocks(gate, ranks)
     across = triton.cdiv(columns, blocks["BLOCK_C"])
     abound = rows // (_MOST_TILES * blocks["BLOCK_M"]) * across >= _MANY
+    # Ranks beyond a block, and columns that no 16-byte access fits, take too many registers.
+    early = 0 < ranks <= blocks["BLOCK_R"] and columns % 16 == 0
     # Without weights of a group to hold there is nothing to share.
-    tiles = _MOST_TILES if abound and 0 < ranks <= blocks["BLOCK_R"] else 1
+    tiles = _MOST_TILES if abound and early else 1
     names = ("weight_set", "weight_expert", "weight_projection", "weight_rank", "weight_column")
     arguments = dict(
         gate=gate,
@@ -134,6 +136,7 @@ def _pass(
         GROUPS=triton.next_power_of_2(groups),
         TILES=tiles,
         RANKS=ranks,
+        EARLY=early,
         **blocks,
     )
     return (most_tiles(rows, groups, tiles * blocks["BLOCK_M"]) * across,), arguments
